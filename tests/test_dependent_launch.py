@@ -2,6 +2,7 @@
 is compiled for Hopper without a GPU."""
 
 import re
+import sys
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -15,6 +16,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _triton
 
 HOPPER = SimpleNamespace(
     name="", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536, total_memory=2**37,
@@ -41,8 +43,11 @@ def hopper(monkeypatch):
         (CudaInterface.Worker, "current_device", 0),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, staticmethod(lambda *_, answer=answer: answer))
-    monkeypatch.setattr("torch.utils._triton.has_triton", lambda *_: True)
-    monkeypatch.setattr("torch.utils._triton.triton_hash_with_backend", lambda: "")
+    for name, answer in {"has_triton": True, "triton_hash_with_backend": ""}.items():
+        own = getattr(_triton, name)
+        for module in [*sys.modules.values()]:  # those that have imported it too
+            if vars(module).get(name) is own:
+                monkeypatch.setattr(module, name, lambda *_, answer=answer: answer)
     dependent_launch.is_supported.cache_clear()
     yield torch.device("cuda")
     dependent_launch.is_supported.cache_clear()
