@@ -87,12 +87,12 @@ def test_runners_capture_on_the_device_of_the_model(cuda):
     assert isinstance(runner.graph, Graph) and cuda.captured[-1][2].device == GPU
 
     steps = SimpleNamespace(
-        on_cuda=True, device=GPU, chunk_counts=[0, 2], inputs={0: [], 2: []}, graphs={},
+        on_cuda=True, device=GPU, kinds=[((1, 2), False), ((1, 0), True), ((1, 2), True)], graphs={},
         _step=lambda *what: cuda.log.append(what),
     )  # fmt: skip
-    steps.inputs = {chunks: SimpleNamespace(set=lambda requests: None) for chunks in steps.chunk_counts}
+    steps.inputs = {shape: SimpleNamespace(set=lambda requests: None) for shape, _ in steps.kinds}
     StepRunner.warm_up(steps)
-    assert list(steps.graphs) == [(0, False), (0, True), (2, False), (2, True)]
+    assert list(steps.graphs) == steps.kinds[::-1]
     assert [what for what in cuda.log if what != "decode"] == [key for key in steps.graphs for _ in range(4)]
     assert {stream.device for _, _, stream in cuda.captured} == {GPU}
 

@@ -88,10 +88,14 @@ def test_captured_sessions_decide_when_to_speak(models, runner, variant, mode):
     assert silent
 
 
-def test_a_captured_session_pool(models):
+def test_a_captured_session_pool(models, monkeypatch):
+    """Steps of few sessions have few rows. None is captured while a session runs."""
     print("seed", SEED)
     draw = random.Random(SEED)
-    with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), max_clips=CLIPS + 1, max_new_tokens=WORDS) as pool:
+    options = {"max_clips": CLIPS + 1, "max_new_tokens": WORDS, "decode_counts": (2,)}
+    with SessionPool(models[1], 4, Layout(9, 4, 3, GRID), **options) as pool:
+        used, kind_of = set(), pool.runner.kind_of
+        monkeypatch.setattr(pool.runner, "kind_of", lambda requests: used.add(kind_of(requests)) or kind_of(requests))
         waiting = [fixed_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(16)]
         running = []
         while waiting or running:
@@ -110,6 +114,7 @@ def test_a_captured_session_pool(models):
                     running.remove((case, session, fed))
                     session.close()
                     check(models[0], case, session)
+        assert used <= {*pool.runner.graphs} and {rows for (rows, _), _ in used} == {2, 4}
 
 
 @pytest.mark.parametrize("mode", ["serial", "fused"])

@@ -246,9 +246,9 @@ def test_attention_masks_single_keys_only_in_the_blocks_of_a_clip(model, batch_s
         assert not [*session.tokens()]
         assert len(made) == many * -(-tokens // runner.chunk_size)
         for numbers in made:
-            both = MixedAttention(runner.cache, (1, runner.chunk_size), runner.groups, True, {}, False)
-            table, chunk_slots, _ = runner.inputs[1].split(numbers)
-            both.update(table[3], table[4:8], chunk_slots)
+            both = MixedAttention(runner.cache, batch_slots, (1, runner.chunk_size), runner.groups, True, {}, False)
+            table, slots, _ = runner.inputs[batch_slots, 1].split(numbers)
+            both.update(table[3], table[4:8], slots)
             asked, whole = both.parts[-1].num_kv_blocks
             before = int(table[4, table[3] > 0].min())
             assert whole.min() >= before // BLOCK_SIZE and asked.max() <= 3

@@ -1,5 +1,6 @@
 """Many sessions on one model: each writes what it would write alone."""
 
+import collections
 import math
 import random
 import time
@@ -9,6 +10,7 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
+from qwen_vl_streaming.engine.step_runner import StepRunner, decode_counts_of
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
@@ -56,6 +58,73 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
     pool.step()
     assert pool.idle and not pool.sessions
     assert len(pool.runner.free_slots) == 5 and not pool.runner.cache.allocated
+
+
+def test_the_numbers_of_rows_are_far_apart(model):
+    for slots, counts in {
+        1: [1],
+        31: [31],
+        32: [8, 32],
+        160: [8, 32, 160],
+        256: [8, 32, 256],
+        512: [8, 32, 128, 512],
+    }.items():
+        assert decode_counts_of(slots) == counts
+    with SessionPool(model, 32, LARGEST, max_clips=1, max_new_tokens=1) as pool:
+        sampling = [(rows, chunks) for chunks in (0, 1, 2, 4, 8) for rows in (8, 32)]
+        assert pool.runner.kinds == [((8, n), False) for n in (1, 2, 4, 8)] + [(shape, True) for shape in sampling]
+
+
+@pytest.mark.parametrize(("chunks", "flex"), [(1, False), (3, False), (1, True)], ids=["whole clips", "chunks", "flex"])
+def test_steps_of_few_sessions_have_few_rows(model, chunks, flex, monkeypatch):
+    """Many sessions at a time, then four, then one. Each step has the fewest rows for those that take part, is of a
+    kind that is prepared before the first session, and leaves what other slots hold as it is."""
+    print("seed", SEED)
+    draw, slots, used = random.Random(f"{SEED} {chunks} {flex}"), 12, collections.Counter()
+    monkeypatch.setattr(StepRunner, "use_flex", flex)
+    with SessionPool(
+        model, slots, LARGEST, max_clips=6, max_new_tokens=14, decode_counts=(2, 5), chunks=chunks
+    ) as pool:
+        runner = pool.runner
+        state = [runner.text_ids, runner.penalized_ids, runner.ended, runner.last_hidden]
+        step = runner.step
+
+        def spy(requests):
+            (rows, entering), sample = kind = runner.kind_of(requests)
+            assert kind in runner.kinds
+            needed = max(len(requests), min(entering, slots))
+            assert rows == min(count for count in (2, 5, slots) if count >= needed)
+            used[rows, sample] += 1
+            busy = {request.batch_slot.index for request in requests}
+            others = [index for index in range(slots) if index not in busy]
+            before = [of_slot[others] for of_slot in state]
+            pending = step(requests)
+            assert all(torch.equal(of_slot[others], kept) for of_slot, kept in zip(state, before, strict=True))
+            return pending
+
+        monkeypatch.setattr(runner, "step", spy)
+        many = 20 if flex else 60
+        waiting = [random_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(many)]
+        running = []
+        while waiting or running:
+            crowd = slots if len(waiting) > many // 3 else 4 if len(waiting) > many // 6 else 1
+            while waiting and len(running) < crowd:
+                case = waiting.pop()
+                mode = "fused" if case.variant.parallel else "serial"
+                running.append((case, let_in(pool, case, mode, ahead=draw.choice([0, 1, 3])), []))
+            draw.shuffle(running)
+            for case, session, fed in running:
+                if len(fed) < len(case.pixels) and draw.random() < 0.5:
+                    fed.append(1)
+                    session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+            pool.step()
+            for case, session, fed in [*running]:
+                if session.done:
+                    running.remove((case, session, fed))
+                    session.close()
+                    check(model, case, session)
+    assert {rows for rows, sample in used if sample} == {2, 5, slots}, used
+    assert any(not sample for _, sample in used)
 
 
 def test_a_waiting_session_reads_its_tokens_while_others_continue(model):
@@ -246,6 +315,8 @@ def test_a_record_that_cannot_be_written_does_not_affect_others(model, tmp_path,
         ({"clip_tokens": 10**30}, r"clip_tokens 10+ must be at most"),
         ({"chunk_counts": 3}, "chunk_counts 3 must be a list"),
         ({"chunk_counts": (1, 2.5)}, "chunk_counts: each 2.5 must be a whole number"),
+        ({"decode_counts": 3}, "decode_counts 3 must be a list"),
+        ({"decode_counts": (0,)}, "decode_counts: each 0 must be at least 1"),
         ({"penalty": math.nan}, "penalty nan must be above 0"),
         ({"penalty": 0}, "penalty 0 must be above 0"),
         ({"window": (True, 3)}, "must be two integers"),

@@ -52,12 +52,11 @@ def plain_index(run: BlockTable, index: int) -> int:
 
 
 def test_each_row_of_a_step_is_sent():
-    """Row by row, for steps of random requests."""
+    """Row by row, for steps of random requests with as many decode rows or more."""
     print("seed", SEED)
     draw = random.Random(SEED)
     cache = PagedKVCache(CONFIG, SLOTS, SLOTS * 6, 6, torch.float32, "cpu")
     slots, states = made_slots(draw, cache)
-    inputs = StepInputs(SLOTS, CHUNKS, WIDTH, TEXT_CAPACITY, torch.device("cpu"))
     for _ in range(30):
         requests, room = [], CHUNKS
         for slot, state in draw.sample([*zip(slots, states, strict=True)], draw.randint(0, SLOTS)):
@@ -69,13 +68,15 @@ def test_each_row_of_a_step_is_sent():
                 decode = state.feed_text()
             requests.append(StepRequest(slot, decode, prefill, draw.random() < 0.5, draw.randrange(900)))
             room -= requests[-1].chunks(WIDTH)
-        table, chunk_slots, choices = (part.numpy() for part in inputs.split(inputs.pack(requests)))
-        expected, rows = {}, {request.batch_slot.index: request for request in requests}
-        begin, of_chunks = SLOTS, []
-        for request in requests:
+        decode_rows = draw.randint(max(1, len(requests)), SLOTS)
+        inputs = StepInputs(SLOTS, decode_rows, CHUNKS, WIDTH, TEXT_CAPACITY, torch.device("cpu"))
+        table, of_rows, choices = (part.numpy() for part in inputs.split(inputs.pack(requests)))
+        expected = {}
+        begin, of_chunks = decode_rows, []
+        for decode_row, request in enumerate(requests):
             slot = request.batch_slot
             given = [*zip(range(begin, begin + len(request.prefill)), request.prefill.table.T.tolist(), strict=True)]
-            given += [(slot.index, row) for row in request.decode.table.T.tolist()]
+            given += [(decode_row, row) for row in request.decode.table.T.tolist()]
             own = -(-len(request.prefill) // WIDTH)
             for at, row in given:
                 *place, index, seen_visual, seen_text, visual, text, token, text_row, clip_row, part = row
@@ -89,11 +90,13 @@ def test_each_row_of_a_step_is_sent():
             of_chunks += [slot.index] * own
             begin += own * WIDTH
             newest = given[-1][0] if given else -1
-            assert choices[:, slot.index].tolist() == [newest, request.sample, request.next_row % (TEXT_CAPACITY + 1)]
+            assert choices[:, decode_row].tolist() == [newest, request.sample, request.next_row % (TEXT_CAPACITY + 1)]
         for at in range(table.shape[1]):
             assert table[:, at].tolist() == expected.get(at, [0, 0, 0, 0, 1, 0, 0, 0, 0, -1, -1]), at
-        assert chunk_slots.tolist() == of_chunks + [0] * (CHUNKS - len(of_chunks))
-        assert all(choices[0, index] == -1 for index in range(SLOTS) if index not in rows)
+        assert of_rows[: len(requests)].tolist() == [request.batch_slot.index for request in requests]
+        assert len({*of_rows[:decode_rows]} & {*range(SLOTS)}) == decode_rows  # no two write the same slot
+        assert of_rows[decode_rows:].tolist() == of_chunks + [0] * (CHUNKS - len(of_chunks))
+        assert (choices[:, len(requests) :] == np.array([[-1], [0], [0]])).all()
 
 
 def test_a_number_and_an_array_have_the_same_index_in_the_cache():

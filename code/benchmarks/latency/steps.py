@@ -27,7 +27,8 @@ def last_requests(bench: Bench, mode: str, k: int, clips: int, answer_tokens: in
 
         def keep(requests):
             (request,) = requests
-            kept[session.runner.chunks_of(requests), request.sample] = request
+            (_, pieces), sample = session.runner.kind_of(requests)
+            kept[pieces, sample] = request
             return run(requests)
 
         session.runner.step = keep
@@ -69,7 +70,7 @@ def steps(bench: Bench, k: int, clips: int, answer_tokens: int, tokens: int, chu
                 whole = each(bench, lambda made=made, request=request: made.step([request]))
                 began = time.perf_counter()
                 for _ in range(REPEATS):
-                    made.inputs[pieces].pack([request])
+                    made.inputs[1, pieces].pack([request])
                 host = (time.perf_counter() - began) / REPEATS
                 work = floors.decode(clips, answer_tokens) if sample else floors.prefill(clips)
                 if sample and pieces:
@@ -95,11 +96,11 @@ def replay(made: StepRunner, pieces: int, sample: bool, request: StepRequest) ->
     """A function that repeats the device's part of the step for `request`: a CUDA graph, or the step itself if there is
     none."""
     made.step([request])
-    graph = made.graphs.get((pieces, sample))
+    graph = made.graphs.get(((1, pieces), sample))
 
     @torch.no_grad()
     def again():
-        made._step(pieces, sample)
+        made._step((1, pieces), sample)
 
     return again if graph is None else graph.replay
 

@@ -177,14 +177,15 @@ def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kern
 
 
 class MixedAttention:
-    """Attention of a step with one decode row for each of S slots and n prefill chunks of Q rows, each of some slot.
+    """Attention of a step with decode rows of different slots and n prefill chunks of Q rows, each of some slot.
 
-    The rows form one sequence: the decode rows, then chunk after chunk. With one slot and one chunk, they are attended
-    to as one part."""
+    The rows form one sequence: the decode rows, then chunk after chunk. If the cache has one slot, its
+    decode row and one chunk are attended to as one part."""
 
     def __init__(
         self,
         cache: PagedKVCache,
+        decode_rows: int,
         chunks: tuple[int, int],
         groups: int,
         use_flex: bool,
@@ -192,21 +193,19 @@ class MixedAttention:
         windowed: bool,
     ):
         """`chunks` are n and Q; `kernel_options` are FlexAttention's for the decode rows."""
-        batch_slots, device = len(cache.block_tables), cache.block_tables.device
-        self.cache_index = torch.zeros(1, batch_slots + chunks[0] * chunks[1], dtype=torch.long, device=device)
-        shapes = [(batch_slots, 1), chunks] if chunks[0] else [(batch_slots, 1)]
-        if batch_slots == chunks[0] == 1:
+        device = cache.block_tables.device
+        self.cache_index = torch.zeros(1, decode_rows + chunks[0] * chunks[1], dtype=torch.long, device=device)
+        shapes = [(decode_rows, 1), chunks] if chunks[0] else [(decode_rows, 1)]
+        if len(cache.block_tables) == chunks[0] == 1:
             shapes = [(1, 1 + chunks[1])]
         self.parts: list[PagedAttention] = []
         indices = self.cache_index[0].split([n * queries for n, queries in shapes])
         for (n, queries), index in zip(shapes, indices, strict=True):
-            first = not self.parts
-            slots = torch.arange(batch_slots, device=device) if first else torch.zeros_like(self.cache_index[0, :n])
             numbers = torch.ones(4, n, queries, dtype=torch.long, device=device)
             self.parts.append(
                 PagedAttention(
                     cache,
-                    slots,
+                    torch.zeros(n, dtype=torch.long, device=device),
                     index.view(n, queries),
                     numbers[0],
                     numbers[1],
@@ -219,9 +218,9 @@ class MixedAttention:
 
     def update(self, cache_index: Tensor, seen: Tensor, batch_slots: Tensor) -> None:
         """Sets where the rows are written, (rows,), what they may attend to (`seen_visual`, `seen_text` and
-        `window_start`, (4, rows)), and the batch slots of the chunks, (n,)."""
+        `window_start`, (4, rows)), and the batch slots of the decode rows and then of the chunks."""
         self.cache_index.copy_(cache_index[None])
-        first = 0
+        first = first_slot = 0
         for part in self.parts:
             shape = part.seen_visual.shape
             own = seen[:, first : first + shape.numel()].unflatten(1, shape)
@@ -229,9 +228,8 @@ class MixedAttention:
             part.seen_text.copy_(own[1])
             if part.window_start is not None:
                 part.window_start.copy_(own[2:])
-            if first:
-                part.batch_slots.copy_(batch_slots)
-            first += shape.numel()
+            part.batch_slots.copy_(batch_slots[first_slot : first_slot + shape[0]])
+            first, first_slot = first + shape.numel(), first_slot + shape[0]
             part.refresh()
 
     def forward(self, query: Tensor, new_kv: Tensor, layer_cache: Tensor, scale: float) -> Tensor:

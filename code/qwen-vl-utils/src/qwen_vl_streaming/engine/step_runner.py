@@ -1,11 +1,12 @@
 """Runs steps of live streams, whose text and clips are not known in advance: text rows, chunks of clips, or both.
 
-A step has one decode row for each batch slot and n prefill chunks of W rows, each of any slot; several may be of one.
-`stream_state.py` says which rows are due. The host sends all inputs of a step in one copy; token ids, keys and values
-stay on the device, and no step waits for the host. On a GPU each kind of step, with its number of chunks, is one CUDA
-graph. Knows nothing about when a clip is due.
+A step has D decode rows, each of another batch slot, and n prefill chunks of W rows, each of any slot; several may be
+of one. Each request has a decode row, from which its slot's token is chosen; D is the next of a few numbers, since rows
+that do nothing take time, too. `stream_state.py` says which rows are due. The host sends all inputs of a step in one
+copy; token ids, keys and values stay on the device, and no step waits for the host. On a GPU each kind of step, with
+its numbers of rows and chunks, is one CUDA graph. Knows nothing about when a clip is due.
 
-    S batch slots   R = S + n W rows of a step   C hidden size
+    S batch slots   R = D + n W rows of a step   C hidden size
 """
 
 import functools
@@ -30,6 +31,10 @@ from .step_request import BatchSlot, PendingToken, StepRequest
 from .stream_state import DueRows
 from .vision_encoder import ClipFeatures, VisionEncoder
 
+StepShape = tuple[int, int]
+"""Decode rows and chunks of a step, (D, n)."""
+StepKind = tuple[StepShape, bool]
+"""The shape of a step, and whether tokens are chosen in it."""
 CLIPS_AHEAD = 2
 """Clips that may be fed before the slots that attend to them begin."""
 
@@ -38,6 +43,20 @@ def chunk_counts_of(chunks: int) -> list[int]:
     """The numbers of chunks that steps have if a clip is `chunks` of them: powers of two, which leave at most every
     second chunk idle, so that few kinds of steps are captured."""
     return [*(1 << power for power in range((chunks - 1).bit_length())), chunks]
+
+
+FEWEST_DECODE_ROWS, DECODE_GROWTH = 8, 4
+"""The smallest number of decode rows of a step, and by how much each number exceeds the one before, at least."""
+
+
+def decode_counts_of(batch_slots: int) -> list[int]:
+    """The numbers of decode rows that steps of `batch_slots` slots have: few, since each is compiled and captured with
+    each number of chunks."""
+    counts, count = [], FEWEST_DECODE_ROWS
+    while count * DECODE_GROWTH <= batch_slots:
+        counts.append(count)
+        count *= DECODE_GROWTH
+    return [*counts, batch_slots]
 
 
 class StepRunner(ModelRunner):
@@ -54,14 +73,16 @@ class StepRunner(ModelRunner):
         clip_tokens: int,
         chunk_size: int,
         chunk_counts: Sequence[int] = (0, 1),
+        decode_counts: Sequence[int] | None = None,
         clip_chunks: int = 1,
         windowed: bool = False,
         penalty: float = PENALTY,
     ):
         """Allocates `num_blocks` cache blocks, of which a slot has at most `blocks_per_slot`. `text_capacity` is the
         most text tokens that a slot attends to, `clip_tokens` the most visual tokens of a clip, and `chunk_size` is W.
-        Steps have one of `chunk_counts` chunks, of which a slot has at most `clip_chunks`. `windowed` allows endless
-        streams with a sliding window."""
+        Steps have one of `chunk_counts` chunks, of which a slot has at most `clip_chunks`, and one of `decode_counts`
+        decode rows, or one for each slot; default: as `decode_counts_of`. `windowed` allows endless streams with a
+        sliding window."""
         config = model.model.language_model.config
         if model.device.type == "cuda":
             gc.collect()  # an earlier runner's tensors are in reference cycles, and would keep their memory
@@ -69,21 +90,23 @@ class StepRunner(ModelRunner):
         super().__init__(model, batch_slots, cache, text_capacity, penalty)
         self.chunk_size, self.windowed, self.chunk_counts = chunk_size, windowed, sorted({*chunk_counts})
         self.clip_chunks = clip_chunks
+        counts = decode_counts_of(batch_slots) if decode_counts is None else decode_counts
+        self.decode_counts = sorted({*(count for count in counts if count < batch_slots), batch_slots})
         hidden = {"dtype": model.dtype, "device": self.device}
         self.clip_features = torch.zeros(batch_slots, clip_tokens, config.hidden_size, **hidden)
         """The features of the clip that each slot feeds, (S, tokens of a clip, C)."""
         self.last_hidden = torch.zeros(batch_slots, config.hidden_size, **hidden)
         """The hidden state from which each slot's next token is chosen, (S, C)."""
         self.new_tokens = self._slot_tensor()
-        self.inputs: dict[int, StepInputs] = {}
-        self.attentions: dict[int, MixedAttention] = {}
-        for chunks in self.chunk_counts:
-            self.inputs[chunks] = StepInputs(batch_slots, chunks, chunk_size, text_capacity, self.device)
-            self.attentions[chunks] = MixedAttention(
-                cache, (chunks, chunk_size), self.groups, self.flex, self.kernel_options, windowed
+        self.inputs: dict[StepShape, StepInputs] = {}
+        self.attentions: dict[StepShape, MixedAttention] = {}
+        for shape in dict.fromkeys(shape for shape, _ in self.kinds):
+            rows, chunks = shape
+            self.inputs[shape] = StepInputs(batch_slots, rows, chunks, chunk_size, text_capacity, self.device)
+            self.attentions[shape] = MixedAttention(
+                cache, rows, (chunks, chunk_size), self.groups, self.flex, self.kernel_options, windowed
             )
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
-        """By the number of chunks and whether tokens are chosen."""
+        self.graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
         self.free_slots = list(range(batch_slots - 1, -1, -1))
         self.vision_encoder = VisionEncoder(model)
         self._prepare, self._finish = self._eager_prepare, self._eager_finish
@@ -188,52 +211,72 @@ class StepRunner(ModelRunner):
         for first in range(0, len(due), width):
             self.step([StepRequest(batch_slot, DueRows.empty(), due[first : first + width], False)])
 
-    def chunks_of(self, requests: Sequence[StepRequest]) -> int:
-        """The number of chunks of the step for `requests`."""
+    @property
+    def kinds(self) -> list[StepKind]:
+        """All kinds of steps. In one that chooses no token, each slot has a chunk, so it has the fewest decode rows."""
+        shapes = [
+            [(rows, chunks) for rows in self.decode_counts if rows >= self._fewest_rows(chunks)]
+            for chunks in self.chunk_counts
+        ]
+        return [
+            *((of_chunks[0], False) for of_chunks in shapes if of_chunks[0][1]),
+            *((shape, True) for of_chunks in shapes for shape in of_chunks),
+        ]
+
+    def _fewest_rows(self, chunks: int) -> int:
+        """Decode rows of a step with `chunks` chunks, at least: each chunk may be of another slot."""
+        return min(chunks, len(self.all_slots))
+
+    def kind_of(self, requests: Sequence[StepRequest]) -> StepKind:
+        """The kind of the step for `requests`."""
         needed = sum(request.chunks(self.chunk_size) for request in requests)
-        return min(count for count in self.chunk_counts if count >= needed)
+        chunks = min(count for count in self.chunk_counts if count >= needed)
+        needed = max(len(requests), self._fewest_rows(chunks))
+        rows = min(count for count in self.decode_counts if count >= needed)
+        return (rows, chunks), any(request.sample for request in requests)
 
     @torch.no_grad()
     def step(self, requests: Sequence[StepRequest]) -> PendingToken | None:
         """Runs one step for `requests`, each of a different batch slot. Returns the tokens if any are chosen."""
-        chunks = self.chunks_of(requests)
-        sample = any(request.sample for request in requests)
-        self.inputs[chunks].set(requests)
-        if (chunks, sample) in self.graphs:
-            self.graphs[chunks, sample].replay()
+        shape, sample = kind = self.kind_of(requests)
+        self.inputs[shape].set(requests)
+        if kind in self.graphs:
+            self.graphs[kind].replay()
         else:
-            self._step(chunks, sample)
+            self._step(shape, sample)
         if not sample:
             return None
         ids = torch.empty(len(self.new_tokens), dtype=torch.long, pin_memory=self.on_cuda)
         ids.copy_(self.new_tokens, non_blocking=True)
         return PendingToken(ids, DeviceEvent(self.device))
 
-    def _step(self, chunks: int, sample: bool) -> None:
+    def _step(self, shape: StepShape, sample: bool) -> None:
         """What a CUDA graph contains. Reads only tensors on the device."""
-        hidden, positions = self._prepare(chunks)
-        hidden = self.forward(hidden, positions, self.attentions[chunks], self._step_layer)
-        self._finish(hidden, chunks, sample)
+        hidden, positions = self._prepare(shape)
+        hidden = self.forward(hidden, positions, self.attentions[shape], self._step_layer)
+        self._finish(hidden, shape, sample)
 
-    def _eager_prepare(self, chunks: int) -> tuple[Tensor, Tensor]:
-        inputs = self.inputs[chunks]
-        table, chunk_slots, _ = inputs.split(inputs.values)
-        self.attentions[chunks].update(table[3], table[4:8], chunk_slots)
-        slots = torch.cat([self.all_slots, chunk_slots.repeat_interleave(self.chunk_size)])
+    def _eager_prepare(self, shape: StepShape) -> tuple[Tensor, Tensor]:
+        inputs = self.inputs[shape]
+        table, slots, _ = inputs.split(inputs.values)
+        self.attentions[shape].update(table[3], table[4:8], slots)
+        decode_slots, chunk_slots = slots.split(shape)
+        slots = torch.cat([decode_slots, chunk_slots.repeat_interleave(self.chunk_size)])
         text, clip = table[9], table[10]
         ids = self.text_ids[slots, text.clamp(min=0)].where(text >= 0, table[8])
         hidden = self.language.embed_tokens(ids)
         hidden = self.clip_features[slots, clip.clamp(min=0)].where((clip >= 0)[:, None], hidden)
         return hidden[None], table[:3, None]
 
-    def _eager_finish(self, hidden: Tensor, chunks: int, sample: bool) -> None:
-        inputs = self.inputs[chunks]
-        _, _, (choose, samples, next_row) = inputs.split(inputs.values)
-        chosen = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden)
-        self.last_hidden.copy_(chosen)
+    def _eager_finish(self, hidden: Tensor, shape: StepShape, sample: bool) -> None:
+        inputs = self.inputs[shape]
+        _, slots, (choose, samples, next_row) = inputs.split(inputs.values)
+        slots = slots[: shape[0]]
+        chosen = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden[slots])
+        self.last_hidden[slots] = chosen
         if sample:
-            self._choose(chosen, self.all_slots, next_row, samples > 0)
-            self.new_tokens.copy_(self.text_ids.gather(1, next_row[:, None])[:, 0])
+            self._choose(chosen, slots, next_row, samples > 0)
+            self.new_tokens[slots] = self.text_ids[slots, next_row]
 
     def warm_up(self, sample: bool = True) -> None:
         """Compiles each kind of step and captures it as a CUDA graph. Call it while nothing is due. Does nothing on the
@@ -242,8 +285,8 @@ class StepRunner(ModelRunner):
             return
         # A high priority, so that steps go before the vision tower, whose stream has the default one.
         stream, pool = torch.cuda.Stream(self.device, priority=-1), torch.cuda.graph_pool_handle()
-        for chunks in self.chunk_counts:
-            for samples in (False, True) if sample else (False,):
-                self.inputs[chunks].set([])
-                step = functools.partial(self._step, chunks, samples)
-                self.graphs[chunks, samples], _ = capture(step, stream, pool)
+        for shape, samples in reversed(self.kinds):  # the largest first: smaller ones reuse its memory
+            if sample or not samples:
+                self.inputs[shape].set([])
+                step = functools.partial(self._step, shape, samples)
+                self.graphs[shape, samples], _ = capture(step, stream, pool)

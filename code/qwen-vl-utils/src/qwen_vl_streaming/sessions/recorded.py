@@ -69,6 +69,7 @@ def caption_sessions(
             chunk=chunk,
             clip_tokens=max(clip_tokens or 0, *(job.layout.tokens_per_clip for job in first)),
             penalty=penalty,
+            decode_counts=(),  # all slots are in use until the end: fewer kinds of steps take less time to compile
         )
 
     def fits(pool: SessionPool, job: Job) -> bool:

@@ -3,7 +3,8 @@
 A pool has a fixed number of batch slots and a fixed memory; a session that does not fit is refused before anything
 runs. In each round, every session that may write has a row in the forward step, and those with a prompt or a clip to
 enter have a chunk of rows. If there are more of these than chunks, the sessions that have waited longest for one come
-first. What a session writes does not depend on the others.
+first. Steps of few sessions have few rows, however many slots the pool has. What a session writes does not depend on
+the others.
 """
 
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..common.errors import InputError
 from ..common.numbers import MOST, check_count, check_number, shown
 from ..engine.kv_cache import PagedKVCache
-from ..engine.step_runner import StepRunner, chunk_counts_of
+from ..engine.step_runner import StepRunner, chunk_counts_of, decode_counts_of
 from ..model.prompts import Template
 from ..stream import PENALTY
 from ..timeline.plan import Window
@@ -55,6 +56,7 @@ class SessionPool:
         max_new_tokens: int = 300,
         window: tuple[int, int] | None = None,
         chunk_counts: Sequence[int] = CHUNK_COUNTS,
+        decode_counts: Sequence[int] | None = None,
         chunk: int | None = None,
         chunks: int = 1,
         clip_tokens: int | None = None,
@@ -67,6 +69,8 @@ class SessionPool:
             memory: Bytes for keys and values; default: most of a GPU's free memory, on a CPU what all slots can need.
             max_clips, max_new_tokens, window: The most that a session may have of each.
             chunk_counts: How many clips may enter in one forward step; a step is padded to the next of these.
+            decode_counts: How many sessions may take part in one forward step, beside all; a step is padded to the next
+                of these. Default: as `decode_counts_of`.
             chunk: Visual tokens of a clip that enter in one step, at most those of the largest clip and the tail;
                 default: a clip of `layout` and the tail. Larger clips take several steps.
             chunks: In how many chunks such a clip enters, if it is fused: see `Session`.
@@ -81,10 +85,12 @@ class SessionPool:
         given = {what: count for what, count in given.items() if count is not None}
         for what, count in {**counts, **given}.items():
             check_count(what, count, most=sys.maxsize if what in ("memory", "max_new_tokens") else MOST)
-        if not isinstance(chunk_counts, Sequence):
-            raise InputError(f"chunk_counts {shown(chunk_counts)} must be a list of numbers")
-        for count in chunk_counts:
-            check_count("chunk_counts: each", count, 0)
+        decode_counts = decode_counts_of(batch_slots) if decode_counts is None else decode_counts
+        for what, several, least in (("chunk_counts", chunk_counts, 0), ("decode_counts", decode_counts, 1)):
+            if not isinstance(several, Sequence):
+                raise InputError(f"{what} {shown(several)} must be a list of numbers")
+            for count in several:
+                check_count(f"{what}: each", count, least)
         check_number("penalty", penalty)
         if max(chunk_counts, default=0) < 1:
             raise InputError(f"chunk_counts {tuple(chunk_counts)} let no clip enter: give at least one number above 0")
@@ -116,6 +122,7 @@ class SessionPool:
             text_capacity=text,
             clip_tokens=clip_tokens,
             chunk_size=-(-whole // chunks),
+            decode_counts=decode_counts,
             chunk_counts=[0, *chunk_counts_of(chunks)[:-1], *(chunks * count for count in counts)],
             clip_chunks=chunks,
             windowed=window is not None,
