@@ -1,10 +1,10 @@
 """Runs steps of live streams, whose text and clips are not known in advance: text rows, chunks of clips, or both.
 
 A step has D decode rows, each of another batch slot, and n prefill chunks of W rows, each of any slot; several may be
-of one. Each request has a decode row, from which its slot's token is chosen; D is the next of a few numbers, since rows
-that do nothing take time, too. `stream_state.py` says which rows are due. The host sends all inputs of a step in one
-copy; token ids, keys and values stay on the device, and no step waits for the host. On a GPU each kind of step, with
-its numbers of rows and chunks, is one CUDA graph. Knows nothing about when a clip is due.
+of one. Each request takes a decode row, even if its slot only prefills. D is one of a few numbers and not S, since idle
+rows are computed, too. `stream_state.py` says which rows are due. The host sends all inputs of a step in one copy;
+token ids, keys and values stay on the device, and no step waits for the host. On a GPU each kind of step is one CUDA
+graph. Knows nothing about when a clip is due.
 
     S batch slots   R = D + n W rows of a step   C hidden size
 """
@@ -46,12 +46,12 @@ def chunk_counts_of(chunks: int) -> list[int]:
 
 
 FEWEST_DECODE_ROWS, DECODE_GROWTH = 8, 4
-"""The smallest number of decode rows of a step, and by how much each number exceeds the one before, at least."""
+"""The smallest number of decode rows of a step, and the factor from one number to the next, at least."""
 
 
 def decode_counts_of(batch_slots: int) -> list[int]:
-    """The numbers of decode rows that steps of `batch_slots` slots have: few, since each is compiled and captured with
-    each number of chunks."""
+    """The numbers of decode rows that steps of `batch_slots` slots have. These are few, since each is compiled and
+    captured with each number of chunks."""
     counts, count = [], FEWEST_DECODE_ROWS
     while count * DECODE_GROWTH <= batch_slots:
         counts.append(count)
