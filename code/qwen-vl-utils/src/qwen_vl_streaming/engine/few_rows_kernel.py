@@ -111,8 +111,8 @@ def _few_rows(
             target = c // 128 * 128 + c % 4 * 32 + c % 128 // 4
             tl.store(output + m * (N // 2) + target, (active * up).to(kind), mask=c < N // 2)
         elif ADDED:
-            before = tl.load(added + m * N + n, mask=n < N, other=0.0)
-            tl.store(output + m * N + n, before + total, mask=n < N)
+            before = tl.load(added + m * N + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(output + m * N + n, (before + total.to(tl.float32)).to(kind), mask=n < N)
         else:
             tl.store(output + m * N + n, total, mask=n < N)
 

@@ -123,7 +123,7 @@ def gated_products(
 
 def takes_few_rows(x: Tensor) -> bool:
     """Whether the kernel for few rows computes products of `x` (..., K) with 8-bit weights."""
-    return x.shape[:-1].numel() <= FEW_ROWS and _has_kernels(x)
+    return _has_kernels(x) and x.shape[:-1].numel() <= FEW_ROWS
 
 
 def _has_kernels(x: Tensor) -> bool:
