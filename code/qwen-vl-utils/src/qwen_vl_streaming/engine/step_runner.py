@@ -86,10 +86,12 @@ class StepRunner(ModelRunner):
         """By the number of chunks and whether tokens are chosen."""
         self.free_slots = list(range(batch_slots - 1, -1, -1))
         self.vision_encoder = VisionEncoder(model)
-        self._prepare, self._finish = self._eager_prepare, self._eager_finish
+        self._prepare, self._keep_hidden = self._eager_prepare, self._eager_keep_hidden
+        self._choose_tokens = self._eager_choose_tokens
         if self.on_cuda:
             self._prepare = self._compile_captured(self._eager_prepare)
-            self._finish = self._compile_captured(self._eager_finish, chooses=True)
+            self._keep_hidden = self._compile_captured(self._eager_keep_hidden)
+            self._choose_tokens = self._compile_captured(self._eager_choose_tokens, chooses=True)
 
     @staticmethod
     def token_capacity(layout: Layout, clips: int, max_new_tokens: int, window: Window | None) -> tuple[int, int]:
@@ -211,11 +213,13 @@ class StepRunner(ModelRunner):
 
     def _step(self, chunks: int, sample: bool) -> None:
         """What a CUDA graph contains. Reads only tensors on the device."""
-        hidden, positions = self._prepare(chunks)
-        hidden = self.forward(hidden, positions, self.attentions[chunks], self._step_layer)
-        self._finish(hidden, chunks, sample)
+        hidden, rotary = self._prepare(chunks)
+        hidden = self._run_layers(hidden, rotary, self.attentions[chunks], self._step_layer)
+        self._keep_hidden(hidden, chunks)
+        if sample:
+            self._choose_tokens(chunks)
 
-    def _eager_prepare(self, chunks: int) -> tuple[Tensor, Tensor]:
+    def _eager_prepare(self, chunks: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         inputs = self.inputs[chunks]
         table, chunk_slots, _ = inputs.split(inputs.values)
         self.attentions[chunks].update(table[3], table[4:8], chunk_slots)
@@ -224,16 +228,20 @@ class StepRunner(ModelRunner):
         ids = self.text_ids[slots, text.clamp(min=0)].where(text >= 0, table[8])
         hidden = self.language.embed_tokens(ids)
         hidden = self.clip_features[slots, clip.clamp(min=0)].where((clip >= 0)[:, None], hidden)
-        return hidden[None], table[:3, None]
+        return hidden[None], self.language.rotary_emb(hidden[None], table[:3, None])
 
-    def _eager_finish(self, hidden: Tensor, chunks: int, sample: bool) -> None:
+    def _eager_keep_hidden(self, hidden: Tensor, chunks: int) -> None:
+        """Not with what chooses tokens, whose product with one row would normalize `hidden` again for each output."""
         inputs = self.inputs[chunks]
-        _, _, (choose, samples, next_row) = inputs.split(inputs.values)
-        chosen = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden)
-        self.last_hidden.copy_(chosen)
-        if sample:
-            self._choose(chosen, self.all_slots, next_row, samples > 0)
-            self.new_tokens.copy_(self.text_ids.gather(1, next_row[:, None])[:, 0])
+        _, _, (choose, _, _) = inputs.split(inputs.values)
+        chosen = self.language.norm(hidden[0, choose.clamp(min=0)])
+        self.last_hidden.copy_(chosen.where((choose >= 0)[:, None], self.last_hidden))
+
+    def _eager_choose_tokens(self, chunks: int) -> None:
+        inputs = self.inputs[chunks]
+        _, _, (_, samples, next_row) = inputs.split(inputs.values)
+        self._choose(self.last_hidden, self.all_slots, next_row, samples > 0)
+        self.new_tokens.copy_(self.text_ids.gather(1, next_row[:, None])[:, 0])
 
     def warm_up(self, sample: bool = True) -> None:
         """Compiles each kind of step and captures it as a CUDA graph. Call it while nothing is due. Does nothing on the
