@@ -84,7 +84,7 @@ def test_clips_are_hashed_side_by_side_and_each_once(monkeypatch):
         return str(pixels.item())
 
     monkeypatch.setattr(frames, "clip_hash", meet)
-    clips = [PreparedClip(torch.tensor(number)) for number in range(2)]
+    clips = [PreparedClip([], lambda number=number: torch.tensor(number)) for number in range(2)]
     with ThreadPoolExecutor(4) as threads:
         assert [*threads.map(lambda clip: clip.hash, clips * 2)] == ["0", "1"] * 2
     assert len(hashed) == 2
