@@ -79,7 +79,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         picture = picture if turn is None else picture.transpose(turn)
         if picture.size == size[::-1]:
-            return torch.from_numpy(np.stack([np.asarray(band) for band in picture.split()]))
+            bands = bytearray().join([picture.tobytes("raw", band) for band in "RGB"])
+            return torch.frombuffer(bands, dtype=torch.uint8).view(3, *size)
         image = np.array(picture)
     except Exception as error:
         raise BadFrame("not_an_image", f"the {form.upper()} frame is incomplete or damaged") from error
