@@ -121,12 +121,14 @@ def assembly(kernel, types, constants, warps) -> list[str]:
 
 @pytest.mark.parametrize("rows,inputs,count,warps", [(1, 3584, 7, 1), (2, 3584, 7, 1), (1, 18944, 4, 8)])
 @pytest.mark.parametrize("dependent", [True, False])
-def test_few_rows_read_only_weights_before_they_wait(rows, inputs, count, warps, dependent):
+@pytest.mark.parametrize("kind", ["plain", "added", "gated"])
+def test_few_rows_read_only_weights_before_they_wait(rows, inputs, count, warps, dependent, kind):
     pytest.importorskip("triton")
     from qwen_vl_streaming.engine.few_rows_kernel import OUTPUTS, _few_rows
 
     constants = {"K": inputs, "M": rows, "OUTPUTS": OUTPUTS * warps, "WORDS": 128, "COUNT": count, "FP8": False}
-    types = "*bf16", "*i32", "*fp32", "*bf16", "i32"
+    constants |= {"ADDED": kind == "added", "GATED": kind == "gated"}
+    types = "*bf16", "*i32", "*fp32", "*bf16", "*bf16", "i32"
     found = assembly(_few_rows, types, constants | {"DEPENDENT": dependent}, warps)
     waits = [i for i, access in enumerate(found) if "griddepcontrol" in access]
     assert [found[i] for i in waits] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"] * dependent

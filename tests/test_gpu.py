@@ -18,6 +18,8 @@ from qwen_vl_streaming.engine.quantized_linear import (
     Tiles,
     choose_tiles,
     converted,
+    few_rows_product,
+    interleave,
     kernel_product,
     product,
 )
@@ -266,6 +268,24 @@ def test_the_kernel_for_few_rows_equals_the_plain_form(kind, shape):
         x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
         found, expected = product(x, weight, scale), x.float() @ (weight.float() * scale[:, None]).T
         assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max(), rows
+        added = torch.randn(rows, shape[0], device="cuda", dtype=torch.bfloat16)
+        assert torch.equal(product(x, weight, scale, added), added + found)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("shape", [(37888, 3584), (22016, 2048), (256, 640), (512, 8192)], ids=str)
+def test_few_rows_are_gated_as_by_separate_operations(kind, shape):
+    """Rounded where these round; SiLU's exponential may differ in its last bit."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(shape, device="cuda") / shape[1] ** 0.5, kind)
+    for rows in range(1, FEW_ROWS + 1):
+        x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        gate, up = product(x, weight, scale).chunk(2, -1)
+        expected = interleave(torch.nn.functional.silu(gate) * up)
+        found = few_rows_product(interleave(x), weight, scale, None, True)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=2**-6)
+        assert (found == expected).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -21,6 +21,7 @@ from qwen_vl_streaming.model.prompts import (
     join_frames,
     load_processor,
     make_template,
+    split_frames,
 )
 from qwen_vl_streaming.timeline.attention import dense_mask
 from qwen_vl_streaming.timeline.positions import timeline_positions
@@ -273,6 +274,9 @@ def test_template_and_pixels_of_a_real_processor(checkpoint):
         for v in (processor.video_processor.image_mean, processor.video_processor.image_std)
     )
     for clip, each in zip(pixels, frames.split(2), strict=True):
-        assert torch.equal(join_frames([frame_patches(processor, frame) for frame in each]), clip)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            halves = [frame_patches(processor, frame, dtype) for frame in each]
+            assert torch.equal(join_frames(halves), clip.to(dtype))
+            assert [*map(torch.equal, split_frames(clip.to(dtype)), halves)] == [True] * 2
     first = pixels[0, 0].view(3, 2, 14, 14)  # channels, frames, height, width of the first patch: rescaled by 1/255
     assert torch.allclose(first[:, 0], (frames[0, :, :14, :14] / 255 - mean) / std, atol=1e-5)

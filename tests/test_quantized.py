@@ -278,20 +278,45 @@ def test_the_kernel_equals_the_plain_form(kind, monkeypatch):
         torch.testing.assert_close(total, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_the_kernel_for_few_rows_equals_the_plain_form(kind, monkeypatch):
-    """In Triton's interpreter, in float32: with all chunks of inputs read at once and not, chunks that are left
-    over, narrow chunks, and outputs that do not fill the last program."""
+@pytest.fixture
+def few_rows_kernel(monkeypatch):
+    """In Triton's interpreter, in float32."""
     pytest.importorskip("triton")
     from qwen_vl_streaming.engine import few_rows_kernel
     from triton.runtime.interpreter import InterpretedFunction
 
+    print("seed", SEED)
+    torch.manual_seed(SEED)
     for name in ("_few_rows", "_read", "_add", "_plus"):
         monkeypatch.setattr(few_rows_kernel, name, InterpretedFunction(getattr(few_rows_kernel, name).fn))
+    return few_rows_kernel
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_kernel_for_few_rows_equals_the_plain_form(kind, few_rows_kernel):
+    """With all chunks of inputs read at once and not, chunks that are left over, narrow chunks, and outputs that do not
+    fill the last program."""
     for rows, outputs, inputs in ((1, 4, 512), (2, 3, 8 * 512), (1, 7, 9 * 512), (2, 20, 1408), (3, 5, 640)):
         x, (weight, scale) = torch.randn(rows, inputs), quantize(torch.randn(outputs, inputs), kind)
+        expected, added = scaled_linear(x, weight, scale), 30 * torch.randn(rows, outputs)
         found = few_rows_kernel.few_rows_product(interleave(x), weight, scale)
-        torch.testing.assert_close(found, scaled_linear(x, weight, scale), atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+        found = few_rows_kernel.few_rows_product(interleave(x), weight, scale, added)
+        torch.testing.assert_close(found, added + expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_few_rows_are_gated_for_the_next_product(kind, few_rows_kernel):
+    """Programs with one gate, and with several; two products in a row, whose order of inputs fits."""
+    for rows, channels, inputs in ((1, 256, 512), (2, 128, 640), (2, 128, 9 * 512)):
+        x, (weight, scale) = torch.randn(rows, inputs), quantize(torch.randn(2 * channels, inputs) / inputs**0.5, kind)
+        down, down_scale = quantize(torch.randn(3, channels), kind)
+        gate, up = scaled_linear(x, weight, scale).chunk(2, -1)
+        gated = few_rows_kernel.few_rows_product(interleave(x), weight, scale, gated=True)
+        activated = torch.nn.functional.silu(gate) * up
+        torch.testing.assert_close(gated, interleave(activated), atol=1e-4, rtol=1e-4)
+        found = few_rows_kernel.few_rows_product(gated, down, down_scale)
+        torch.testing.assert_close(found, scaled_linear(activated, down, down_scale), atol=1e-3, rtol=1e-4)
 
 
 def run_ptx(code: str, **registers: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.model.loading import load_model
-from qwen_vl_streaming.model.prompts import clip_pixels, load_processor
+from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, split_frames
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve import cli, process_handle, workers
 from qwen_vl_streaming.serve.admission import Admission, Ticket
@@ -214,24 +214,29 @@ def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
     """When none is free the writer waits; when the reader has ended it learns that, and the memory is freed."""
     gc.collect()
     before = Path("/proc/self/maps").read_text().count("memfd:clips")  # of other tests
-    writer = PixelBuffers(12, torch.bfloat16, count=2)
+    writer = PixelBuffers(24, torch.bfloat16, count=2)
     assert Path("/proc/self/maps").read_text().count("memfd:clips") > before
     reader = pickle.loads(ForkingPickler.dumps(writer))
     writer.handed_over()
-    clips = [torch.rand(2, 3) + number for number in range(3)]
-    numbers = [writer.write(clip) for clip in clips[:2]]
-    late = threading.Thread(target=lambda write=writer.write: numbers.append(write(clips[2])))
+    clips = [torch.rand(2, 6) + number for number in range(3)]
+    numbers = [writer.write(split_frames(clip))[0] for clip in clips[:2]]
+    late = threading.Thread(target=lambda write=writer.write: numbers.append(write(split_frames(clips[2]))[0]))
     late.start()
     late.join(0.1)
     assert late.is_alive()
-    found = [reader.read(numbers[0], (2, 3), pinned=False)]
+    found = [reader.read(numbers[0], (2, 6), pinned=False)]
+    late.join(0.1)
+    assert late.is_alive()
+    reader.release(numbers[0])
     late.join(SECONDS)
-    found += [reader.read(number, (2, 3), pinned=False) for number in numbers[1:]]
+    found += [reader.read(number, (2, 6), pinned=False) for number in numbers[1:]]
+    for number in numbers[1:]:
+        reader.release(number)
     assert [*map(torch.equal, found, (clip.to(torch.bfloat16) for clip in clips))] == [True] * 3
     reader.free.close()
     with pytest.raises(EOFError):
         for _ in range(3):
-            writer.write(clips[0])
+            writer.write(split_frames(clips[0]))
     del reader, writer, late
     gc.collect()
     assert Path("/proc/self/maps").read_text().count("memfd:clips") <= before

@@ -82,7 +82,7 @@ def test_a_message_that_cannot_be_sent_loses_the_model(started, caplog):
         raise RuntimeError("CUDA error")
 
     worker.process.pixels = SimpleNamespace(write=fail)
-    worker.send("clip", "key", SimpleNamespace(pixels=None), 0.0, False)
+    worker.send("clip", "key", SimpleNamespace(halves=[]), 0.0, False)
     until_lost(worker)
     assert "a message could not be sent" in caplog.text and "CUDA error" in caplog.text
 
@@ -122,7 +122,9 @@ def test_a_connection_that_is_closed_while_it_sends_is_no_error(caplog):
     process = SimpleNamespace(kill=lambda: killed.append(True))
     handle = ProcessHandle("group", SimpleNamespace(closed=True, send=send), None, process)
     handle.end()
-    handle._send_all()
+    hashing = threading.Thread(target=handle._send_hashes)
+    hashing.start()
+    handle._sender(handle._send_all, hashing)
     assert not killed and not caplog.records
 
 
@@ -140,7 +142,7 @@ def test_a_model_reads_nothing_after_the_end():
 def test_the_hash_of_a_clip_comes_after_it_and_the_record_waits_for_it(tmp_path):
     """The model need not wait for it. If the server is killed in between, nothing waits for ever."""
     ours, theirs = multiprocessing.Pipe()
-    pixels = SimpleNamespace(read=lambda *_: torch.zeros(1, 1))
+    pixels = SimpleNamespace(read=lambda *_: torch.zeros(1, 1), release=lambda _: None)
     loop = ModelLoop(theirs, pixels, SimpleNamespace(name="group", device="cpu"), None)
     reading = threading.Thread(target=loop._read, daemon=True)
     reading.start()
@@ -285,7 +287,7 @@ def test_a_process_says_that_it_is_alive_while_its_threads_get_on(hanging, monke
 
     spec = SimpleNamespace(name="group", device="cpu", dtype=None)
     pool = SimpleNamespace(idle=False, step=step)
-    loop = ModelLoop(theirs, SimpleNamespace(read=read), spec, pool)
+    loop = ModelLoop(theirs, SimpleNamespace(read=read, release=lambda _: None), spec, pool)
     running = threading.Thread(target=loop.run, daemon=True)
     running.start()
     ours.send(("clip", "gone", 0, (1, 1), 0.0, False))

@@ -60,19 +60,15 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
     assert len(pool.runner.free_slots) == 5 and not pool.runner.cache.allocated
 
 
-def test_the_numbers_of_rows_are_far_apart(model):
-    for slots, counts in {
-        1: [1],
-        31: [31],
-        32: [8, 32],
-        160: [8, 32, 160],
-        256: [8, 32, 256],
-        512: [8, 32, 128, 512],
-    }.items():
+def test_steps_have_few_kinds_of_rows(model):
+    for slots, counts in {1: [1], 63: [63], 64: [32, 64], 160: [32, 160]}.items():
         assert decode_counts_of(slots) == counts
-    with SessionPool(model, 32, LARGEST, max_clips=1, max_new_tokens=1) as pool:
-        sampling = [(rows, chunks) for chunks in (0, 1, 2, 4, 8) for rows in (8, 32)]
-        assert pool.runner.kinds == [((8, n), False) for n in (1, 2, 4, 8)] + [(shape, True) for shape in sampling]
+    with SessionPool(model, 64, LARGEST, max_clips=1, max_new_tokens=1) as pool:
+        few = [(32, n) for n in (0, 1, 2, 4, 8)]
+        sampling = [*few, *((64, n) for n in (0, 2, 8))]
+        assert pool.runner.kinds == [*((shape, False) for shape in few[1:]), *((shape, True) for shape in sampling)]
+    with SessionPool(model, 63, LARGEST, max_clips=1, max_new_tokens=1) as pool:
+        assert pool.runner.shapes == [(63, n) for n in (0, 1, 2, 4, 8)]
 
 
 @pytest.mark.parametrize(("chunks", "flex"), [(1, False), (3, False), (1, True)], ids=["whole clips", "chunks", "flex"])
@@ -92,8 +88,11 @@ def test_steps_of_few_sessions_have_few_rows(model, chunks, flex, monkeypatch):
         def spy(requests):
             (rows, entering), sample = kind = runner.kind_of(requests)
             assert kind in runner.kinds
-            needed = max(len(requests), min(entering, slots))
-            assert rows == min(count for count in (2, 5, slots) if count >= needed)
+            needed = sum(request.chunks(runner.chunk_size) for request in requests)
+            assert rows >= len(requests) and entering >= needed
+            fewer = [shape for (shape, samples) in runner.kinds if samples == sample and shape[0] >= len(requests)]
+            totals = [own + n * runner.chunk_size for own, n in fewer if n >= needed]
+            assert rows + entering * runner.chunk_size == min(totals)
             used[rows, sample] += 1
             busy = {request.batch_slot.index for request in requests}
             others = [index for index in range(slots) if index not in busy]

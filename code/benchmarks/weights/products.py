@@ -201,7 +201,7 @@ def measure_rows(
         check(f"{kind} {' '.join(key)}, M {m}, few rows", few_rows_product(interleaved, *weights[0]), exact)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for tiles in candidates(m, layer.n, layer.k, processors) if first and m > max(FEW) else ():
-        if replace(tiles, programs=0) not in bad:
+        if replace(tiles, programs=0) not in bad and fit_tiles(tiles, x.device) == tiles:
             work = partial(run_nth, interleaved, weights, tiles)
             table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
     chosen = choose_tiles(m, layer.n, layer.k)

@@ -17,7 +17,7 @@ from ..common.compiling import CompileOptions
 from ..common.errors import InputError
 from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
-from .quantized_linear import product
+from .quantized_linear import gated_product, gated_products, product
 from .ragged_attention import RaggedAttention
 
 SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
@@ -121,7 +121,10 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def run_layer(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:
     """Runs one layer over `hidden` (n, Q, C). `rotary` are the cosine and sine of its positions and `layer_cache` the
     layer's keys and values. Returns (n, Q, C)."""
-    return _mlp_down(weights, *_mlp_up(weights, hidden, _attend(weights, hidden, attention, rotary, layer_cache)))
+    attended = _attend(weights, hidden, attention, rotary, layer_cache)
+    hidden, normed = _add_attended(weights, hidden, attended)
+    up = weights.gate_up, weights.gate_up_scale
+    return gated_products(normed, *up, weights.act, weights.down, weights.down_scale, hidden)
 
 
 def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:
@@ -138,16 +141,20 @@ def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rot
     return output.transpose(1, 2).reshape(n, queries, -1)
 
 
+def _add_attended(weights: FusedProjections, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual after attention and its norm, (n, Q, C) each."""
+    hidden = product(attended, weights.output, weights.output_scale, hidden)
+    return hidden, rms_norm(hidden, weights.post_attention_norm, weights.eps)
+
+
 def _mlp_up(weights: FusedProjections, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
     """The residual after attention, (n, Q, C), and the input of the down projection, (n, Q, channels)."""
-    hidden = hidden + product(attended, weights.output, weights.output_scale)
-    normed = rms_norm(hidden, weights.post_attention_norm, weights.eps)
-    gate, up = product(normed, weights.gate_up, weights.gate_up_scale).chunk(2, -1)
-    return hidden, weights.act(gate) * up
+    hidden, normed = _add_attended(weights, hidden, attended)
+    return hidden, gated_product(normed, weights.gate_up, weights.gate_up_scale, weights.act)
 
 
 def _mlp_down(weights: FusedProjections, hidden: Tensor, activated: Tensor) -> Tensor:
-    return hidden + product(activated, weights.down, weights.down_scale)
+    return product(activated, weights.down, weights.down_scale, hidden)
 
 
 def compile_single_row_layer(options: CompileOptions, quantized: bool):

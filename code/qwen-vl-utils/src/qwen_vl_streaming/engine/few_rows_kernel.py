@@ -63,6 +63,7 @@ def _few_rows(
     x,
     weight,
     scale,
+    added,
     output,
     N,
     K: tl.constexpr,
@@ -71,21 +72,24 @@ def _few_rows(
     WORDS: tl.constexpr,
     COUNT: tl.constexpr,
     FP8: tl.constexpr,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     chunks: tl.constexpr = K // 4 // WORDS
     full: tl.constexpr = chunks // COUNT
     rest: tl.constexpr = chunks % COUNT
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row = n // 2 + n % 2 * (N // 2) if GATED else n  # a gate and its up in turn
     w = tl.arange(0, WORDS)
     # A weight may have more than 2^31 elements. Outputs beyond the last read the first ones.
-    weights = weight + (n % N).to(tl.int64)[:, None] * (K // 4) + w[None, :]
+    weights = weight + (row % N).to(tl.int64)[:, None] * (K // 4) + w[None, :]
     # Of the 8 consecutive inputs that a thread could read at once, only 4 belong to its words.
     inputs = x + tl.max_contiguous(w // 32 * 128 + w % 32, 4)
     totals = ()
     for _ in tl.static_range(M):
         totals += (tl.full((OUTPUTS, WORDS), 0.0, tl.float32),)
-    factor = tl.load(scale + n, mask=n < N, other=0.0, eviction_policy="evict_first")
+    factor = tl.load(scale + row, mask=n < N, other=0.0, eviction_policy="evict_first")
     words = _read(weights, 0, WORDS, COUNT)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -97,30 +101,47 @@ def _few_rows(
     last = _read(weights, full * COUNT, WORDS, rest)
     totals = _add(totals, words, inputs, (full - 1) * COUNT, K, M, FP8, WORDS, COUNT)
     totals = _add(totals, last, inputs, full * COUNT, K, M, FP8, WORDS, rest)
+    kind: tl.constexpr = output.dtype.element_ty
     for m in tl.static_range(M):
-        total = tl.reduce(totals[m], 1, _plus) * factor
-        tl.store(output + m * N + n, total.to(output.dtype.element_ty), mask=n < N)
+        total = (tl.reduce(totals[m], 1, _plus) * factor).to(kind)
+        if GATED:  # rounded where the separate operations round
+            gate, up = tl.split(tl.reshape(total.to(tl.float32), (OUTPUTS // 2, 2)))
+            active = (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
+            c = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+            target = c // 128 * 128 + c % 4 * 32 + c % 128 // 4
+            tl.store(output + m * (N // 2) + target, (active * up).to(kind), mask=c < N // 2)
+        elif ADDED:
+            before = tl.load(added + m * N + n, mask=n < N, other=0.0).to(tl.float32)
+            tl.store(output + m * N + n, (before + total.to(tl.float32)).to(kind), mask=n < N)
+        else:
+            tl.store(output + m * N + n, total, mask=n < N)
 
 
-def few_rows_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """(M, N): `x` (M, K), interleaved, times the 8-bit `weight` (N, K) times `scale` (N,), all contiguous, in the dtype
-    of `x`. K is a multiple of 128, and M a small number, for each of which a kernel is compiled. The kernel launched
-    before this one must not write `weight` or `scale`, which are read early: see `dependent_launch.py`."""
+def few_rows_product(
+    x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """(M, N): `x` (M, K), interleaved, times the 8-bit `weight` (N, K) times `scale` (N,), plus `added` (M, N), all
+    contiguous, in the dtype of `x`. K is a multiple of 128, and M a small number, for each of which a kernel is
+    compiled. If `gated`, the first half of the outputs are gates of the others, without `added`: returns SiLU(gates)
+    times the others, (M, N / 2), interleaved as inputs of the next product; N / 2 is a multiple of 128. The kernel
+    launched before this one must not write `weight` or `scale`, which are read early: see `dependent_launch.py`."""
     (m, k), n = x.shape, len(weight)
-    output = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    output = torch.empty(m, n // 2 if gated else n, dtype=x.dtype, device=x.device)
     words = math.gcd(k // 4, WORDS)
     chunks = k // 4 // words
     launch = launch_options(x.device)
     ahead, warps = FEW_CHUNKS if chunks <= FEW_CHUNKS[0] else MANY_CHUNKS
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _few_rows[(triton.cdiv(n, OUTPUTS * warps),)](
-            *(x, weight.view(torch.int32), scale, output, n),
+            *(x, weight.view(torch.int32), scale, added, output, n),
             K=k,
             M=m,
             OUTPUTS=OUTPUTS * warps,
             WORDS=words,
             COUNT=min(ahead, chunks),
             FP8=weight.dtype == torch.float8_e4m3fn,
+            ADDED=added is not None,
+            GATED=gated,
             DEPENDENT=bool(launch),
             num_warps=warps,
             **launch,

@@ -97,11 +97,15 @@ class ModelRunner:
         """Runs the layers and the final norm over `hidden` (n, Q, C) at `positions` (3, n, Q). `layer` is `run_layer`
         or a compiled version of it."""
         rotary = self.language.rotary_emb(hidden, positions)
+        return self.language.norm(self._run_layers(hidden, rotary, attention, layer))
+
+    def _run_layers(self, hidden: Tensor, rotary, attention: Attention, layer) -> Tensor:
+        """As `forward`, with the cosine and sine of the positions, and without the final norm."""
         if layer is self._step_layer and hidden.shape[:2] == (1, 1):
             layer = self._single_row_layer
         for weights, layer_cache in zip(self.layers, self.cache.layers, strict=True):
             hidden = layer(weights, hidden, attention, rotary, layer_cache)
-        return self.language.norm(hidden)
+        return hidden
 
 
 def first_argmax(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..common.compiling import not_compiled
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
-from .split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, list_blocks, num_splits
+from .split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, list_blocks, num_decode_splits, num_splits
 
 
 @dataclass
@@ -170,10 +170,13 @@ class PagedAttention:
 
 def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kernel_options: dict) -> dict:
     """`kernel_options` and `splits` of a PagedAttention of n x `queries`. With few queries these are the given
-    `kernel_options` and no splits, because FlexAttention's decoding kernel then splits the keys itself."""
-    if queries * groups < BLOCK_SIZE:
-        return {"kernel_options": kernel_options, "splits": 1}
-    return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": num_splits(cache, n * queries * groups)}
+    `kernel_options` and no splits, because FlexAttention's decoding kernel then splits the keys itself. It combines
+    them in three kernels, though, so that the splits of a single slot are ours, which takes one."""
+    if queries * groups >= BLOCK_SIZE:
+        return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": num_splits(cache, n * queries * groups)}
+    if n == 1 and (splits := num_decode_splits(cache)) > 1:
+        return {"kernel_options": {**kernel_options, "SPLIT_KV": 1}, "splits": splits}
+    return {"kernel_options": kernel_options, "splits": 1}
 
 
 class MixedAttention:

@@ -9,7 +9,8 @@ more, and by cuBLAS for many, after the weights are converted. All compute what 
 from dataclasses import astuple, dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from ..model.quantization import scaled_linear
 from .quantized_tiles import TILES
@@ -85,18 +86,57 @@ def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
     return tiles.fit((gpu.major, gpu.minor), gpu.shared_memory_per_block_optin)
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """`x` (..., K) times `weight` (N, K). With a `scale` (N,), the weight is in 8 bits."""
+def product(x: Tensor, weight: Tensor, scale: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """`x` (..., K) times `weight` (N, K), plus `added` (..., N). With a `scale` (N,), the weight is in 8 bits."""
+    if scale is not None and takes_few_rows(x):
+        rows = None if added is None else added.reshape(-1, len(weight))
+        total = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), weight, scale, rows)
+        return total.view(*x.shape[:-1], len(weight))
+    total = _product(x, weight, scale)
+    return total if added is None else added + total
+
+
+def gated_product(x: Tensor, gate_up: Tensor, scale: Tensor | None, act: nn.Module) -> Tensor:
+    """`act`(gate) * up, (..., C), of `gate_up` (2 C, K) times `x` (..., K), whose outputs are the gates, then the
+    ups."""
+    gate, up = product(x, gate_up, scale).chunk(2, -1)
+    return act(gate) * up
+
+
+def gated_products(
+    x: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor | None,
+    act: nn.Module,
+    down: Tensor,
+    down_scale: Tensor | None,
+    added: Tensor,
+) -> Tensor:
+    """`added` (..., N) plus `down` (N, C) times the `gated_product`. With few rows and SiLU, one kernel computes the
+    latter, for which it is no more work, in the order that the next one reads."""
+    silu = isinstance(act, nn.SiLU | SiLUActivation)
+    if gate_up_scale is None or not takes_few_rows(x) or down.shape[1] % GROUP or not silu:
+        return product(gated_product(x, gate_up, gate_up_scale, act), down, down_scale, added)
+    gated = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), gate_up, gate_up_scale, None, True)
+    return few_rows_product(gated, down, down_scale, added.reshape(-1, len(down))).view(added.shape)
+
+
+def takes_few_rows(x: Tensor) -> bool:
+    """Whether the kernel for few rows computes products of `x` (..., K) with 8-bit weights."""
+    return _has_kernels(x) and x.shape[:-1].numel() <= FEW_ROWS
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """The kernels read whole groups of inputs, which all released sizes have, and compute in bfloat16."""
+    return x.device.type == "cuda" and x.dtype == torch.bfloat16 and x.shape[-1] % GROUP == 0
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     if scale is None:
         return torch.nn.functional.linear(x, weight)
-    # The kernels read whole groups of inputs, which all released sizes have, and compute in bfloat16.
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or x.shape[-1] % GROUP:
+    if not _has_kernels(x):
         return scaled_linear(x, weight, scale)
-    rows = x.shape[:-1].numel()
-    if rows <= FEW_ROWS:
-        total = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), weight, scale)
-        return total.view(*x.shape[:-1], len(weight))
-    tiles = choose_tiles(rows, *weight.shape)
+    tiles = choose_tiles(x.shape[:-1].numel(), *weight.shape)
     if tiles is not None:
         return kernel_product(x, weight, scale, tiles)
     return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
@@ -146,16 +186,19 @@ def _(x, weight, scale, tiles):
 
 
 @torch.library.custom_op("qwen_vl_streaming::few_rows_product", mutates_args=())
-def few_rows_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def few_rows_product(
+    x: Tensor, weight: Tensor, scale: Tensor, added: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """As `few_rows_kernel.few_rows_product`."""
     from . import few_rows_kernel
 
-    return few_rows_kernel.few_rows_product(x.contiguous(), weight, scale)
+    added = added if added is None else added.contiguous()
+    return few_rows_kernel.few_rows_product(x.contiguous(), weight, scale, added, gated)
 
 
 @few_rows_product.register_fake
-def _(x, weight, scale):
-    return x.new_empty(len(x), len(weight))
+def _(x, weight, scale, added=None, gated=False):
+    return x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
 
 
 @torch.library.custom_op("qwen_vl_streaming::converted", mutates_args=())

@@ -20,7 +20,7 @@ from .cuda_graph import capture
 from .decoder_layer import run_layer
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 from .model_runner import ModelRunner
-from .paged_attention import PagedAttention, PrefillAttention
+from .paged_attention import PagedAttention, PrefillAttention, kernel_settings
 from .prefill import Prefill, padded_query_blocks, padded_rows
 from .ragged_attention import query_blocks_of
 from .sequence import PlannedSequence
@@ -45,7 +45,7 @@ class Runner(ModelRunner):
             seen_text=torch.ones_like(self._slot_tensor(1)),
             groups=self.groups,
             use_flex=self.flex,
-            kernel_options=self.kernel_options,
+            **kernel_settings(cache, batch_slots, 1, self.groups, self.kernel_options),
         )
         self.graph: torch.cuda.CUDAGraph | None = None
         self.prefills: dict[int, Prefill] = {}

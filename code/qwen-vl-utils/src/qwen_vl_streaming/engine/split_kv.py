@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-from .kv_cache import PagedKVCache
+from .kv_cache import BLOCK_SIZE, PagedKVCache
 
 CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 """FlexAttention's kernel_options for prefill chunks, measured on an H200."""
 MAX_SPLITS = 8
+MAX_DECODE_SPLITS = 64
+"""As many as one kernel combines in registers."""
 
 
 def fit_options(kernel_options: dict | None, dtype: torch.dtype) -> dict | None:
@@ -42,7 +44,9 @@ def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **op
     options["kernel_options"] = fit_options(options.get("kernel_options"), query.dtype)
     if splits == 1:
         return flex_attention(query, keys, values, **options)
-    repeated = query.repeat_interleave(splits, 0)
+    # FlexAttention's decoding kernel takes one slot's queries for all splits. The other one would order its output so.
+    one_slot = len(query) == 1 and query.shape[2] < BLOCK_SIZE
+    repeated = query.expand(splits, -1, -1, -1) if one_slot else query.repeat_interleave(splits, 0)
     output, aux = flex_attention(repeated, keys, values, **options, return_aux=AuxRequest(lse=True))
     lse: Tensor = aux.lse  # pyright: ignore[reportAssignmentType]  # requested, so not None
     return combine_splits(output, lse, splits)
@@ -50,16 +54,26 @@ def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **op
 
 def combine_splits(output: Tensor, lse: Tensor, splits: int) -> Tensor:
     """Attention over all keys, from the `output` (n x splits, …, D) over each split and its log-sum-exp (n x splits,
-    …), which is -inf for a split without keys."""
+    …), which is -inf for a split without keys. The compiler makes one kernel of it, together with a change of order of
+    the result: all steps have the shape of the output, and the sum is the last."""
     output, lse = output.unflatten(0, (-1, splits)), lse.unflatten(0, (-1, splits))
+    lse = lse[..., None].expand(output.shape)
     weight = (lse - lse.amax(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).min)).exp()
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).tiny)
-    return (output.float() * weight[..., None]).sum(1).to(output.dtype)
+    return (output.float() * weight).sum(1).to(output.dtype)
 
 
 def num_splits(cache: PagedKVCache, rows: int) -> int:
     """How many splits give each processor of the GPU a block of queries, with `rows` queries per key head."""
-    device = cache.store.device
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
-    return min(max(processors // query_blocks, 1), MAX_SPLITS)
+    return min(max(_processors(cache) // query_blocks, 1), MAX_SPLITS)
+
+
+def num_decode_splits(cache: PagedKVCache) -> int:
+    """How many splits give each processor of the GPU a key head of one decode row."""
+    return min(max(_processors(cache) // cache.store.shape[1], 1), MAX_DECODE_SPLITS)
+
+
+def _processors(cache: PagedKVCache) -> int:
+    device = cache.store.device
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -45,18 +45,14 @@ def chunk_counts_of(chunks: int) -> list[int]:
     return [*(1 << power for power in range((chunks - 1).bit_length())), chunks]
 
 
-FEWEST_DECODE_ROWS, DECODE_GROWTH = 8, 4
-"""The smallest number of decode rows of a step, and the factor from one number to the next, at least."""
+FEW_DECODE_ROWS = 32
+"""Decode rows of steps in which few of many slots take part."""
 
 
 def decode_counts_of(batch_slots: int) -> list[int]:
     """The numbers of decode rows that steps of `batch_slots` slots have. These are few, since each is compiled and
-    captured with each number of chunks."""
-    counts, count = [], FEWEST_DECODE_ROWS
-    while count * DECODE_GROWTH <= batch_slots:
-        counts.append(count)
-        count *= DECODE_GROWTH
-    return [*counts, batch_slots]
+    captured with several numbers of chunks."""
+    return [FEW_DECODE_ROWS, batch_slots] if batch_slots >= 2 * FEW_DECODE_ROWS else [batch_slots]
 
 
 class StepRunner(ModelRunner):
@@ -92,6 +88,13 @@ class StepRunner(ModelRunner):
         self.clip_chunks = clip_chunks
         counts = decode_counts_of(batch_slots) if decode_counts is None else decode_counts
         self.decode_counts = sorted({*(count for count in counts if count < batch_slots), batch_slots})
+        self.shapes = self._shapes()
+        fewest = {shape[1]: shape for shape in reversed(self.shapes) if shape[1]}
+        self.kinds: list[StepKind] = [
+            *((fewest[chunks], False) for chunks in sorted(fewest)),
+            *((shape, True) for shape in self.shapes),
+        ]
+        """All kinds of steps. In one that chooses no token, each slot has a chunk, so it has the fewest decode rows."""
         hidden = {"dtype": model.dtype, "device": self.device}
         self.clip_features = torch.zeros(batch_slots, clip_tokens, config.hidden_size, **hidden)
         """The features of the clip that each slot feeds, (S, tokens of a clip, C)."""
@@ -100,19 +103,21 @@ class StepRunner(ModelRunner):
         self.new_tokens = self._slot_tensor()
         self.inputs: dict[StepShape, StepInputs] = {}
         self.attentions: dict[StepShape, MixedAttention] = {}
-        for shape in dict.fromkeys(shape for shape, _ in self.kinds):
-            rows, chunks = shape
-            self.inputs[shape] = StepInputs(batch_slots, rows, chunks, chunk_size, text_capacity, self.device)
+        for shape in self.shapes:
+            self.inputs[shape] = StepInputs(batch_slots, *shape, chunk_size, text_capacity, self.device)
+            chunks = shape[1], chunk_size
             self.attentions[shape] = MixedAttention(
-                cache, rows, (chunks, chunk_size), self.groups, self.flex, self.kernel_options, windowed
+                cache, shape[0], chunks, self.groups, self.flex, self.kernel_options, windowed
             )
         self.graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
         self.free_slots = list(range(batch_slots - 1, -1, -1))
         self.vision_encoder = VisionEncoder(model)
-        self._prepare, self._finish = self._eager_prepare, self._eager_finish
+        self._prepare, self._keep_hidden = self._eager_prepare, self._eager_keep_hidden
+        self._choose_tokens = self._eager_choose_tokens
         if self.on_cuda:
             self._prepare = self._compile_captured(self._eager_prepare)
-            self._finish = self._compile_captured(self._eager_finish, chooses=True)
+            self._keep_hidden = self._compile_captured(self._eager_keep_hidden)
+            self._choose_tokens = self._compile_captured(self._eager_choose_tokens, chooses=True)
 
     @staticmethod
     def token_capacity(layout: Layout, clips: int, max_new_tokens: int, window: Window | None) -> tuple[int, int]:
@@ -211,29 +216,21 @@ class StepRunner(ModelRunner):
         for first in range(0, len(due), width):
             self.step([StepRequest(batch_slot, DueRows.empty(), due[first : first + width], False)])
 
-    @property
-    def kinds(self) -> list[StepKind]:
-        """All kinds of steps. In one that chooses no token, each slot has a chunk, so it has the fewest decode rows."""
-        shapes = [
-            [(rows, chunks) for rows in self.decode_counts if rows >= self._fewest_rows(chunks)]
-            for chunks in self.chunk_counts
-        ]
-        return [
-            *((of_chunks[0], False) for of_chunks in shapes if of_chunks[0][1]),
-            *((shape, True) for of_chunks in shapes for shape in of_chunks),
-        ]
-
-    def _fewest_rows(self, chunks: int) -> int:
-        """Decode rows of a step with `chunks` chunks, at least: each chunk may be of another slot."""
-        return min(chunks, len(self.all_slots))
+    def _shapes(self) -> list[StepShape]:
+        """All shapes of steps. A step with a decode row for each of many slots is rare, and has every second number of
+        chunks."""
+        most, counts = self.decode_counts[-1], self.chunk_counts
+        some = {counts[0], *counts[::-2]} if len(self.decode_counts) > 1 else {*counts}
+        own = {**dict.fromkeys(self.decode_counts, counts), most: sorted(some)}
+        # Each chunk may be of another slot, which needs a row.
+        return [(rows, chunks) for rows in own for chunks in own[rows] if rows >= min(chunks, most)]
 
     def kind_of(self, requests: Sequence[StepRequest]) -> StepKind:
-        """The kind of the step for `requests`."""
-        needed = sum(request.chunks(self.chunk_size) for request in requests)
-        chunks = min(count for count in self.chunk_counts if count >= needed)
-        needed = max(len(requests), self._fewest_rows(chunks))
-        rows = min(count for count in self.decode_counts if count >= needed)
-        return (rows, chunks), any(request.sample for request in requests)
+        """The kind of the step for `requests`: the one with the fewest rows that has room for them."""
+        chunks, sample = sum(each.chunks(self.chunk_size) for each in requests), any(each.sample for each in requests)
+        shapes = [shape for shape, samples in self.kinds if samples == sample]
+        fitting = [(rows, most) for rows, most in shapes if rows >= len(requests) and most >= chunks]
+        return min(fitting, key=lambda shape: shape[0] + shape[1] * self.chunk_size), sample
 
     @torch.no_grad()
     def step(self, requests: Sequence[StepRequest]) -> PendingToken | None:
@@ -252,11 +249,13 @@ class StepRunner(ModelRunner):
 
     def _step(self, shape: StepShape, sample: bool) -> None:
         """What a CUDA graph contains. Reads only tensors on the device."""
-        hidden, positions = self._prepare(shape)
-        hidden = self.forward(hidden, positions, self.attentions[shape], self._step_layer)
-        self._finish(hidden, shape, sample)
+        hidden, rotary = self._prepare(shape)
+        hidden = self._run_layers(hidden, rotary, self.attentions[shape], self._step_layer)
+        chosen = self._keep_hidden(hidden, shape)
+        if sample:
+            self._choose_tokens(chosen, shape)
 
-    def _eager_prepare(self, shape: StepShape) -> tuple[Tensor, Tensor]:
+    def _eager_prepare(self, shape: StepShape) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         inputs = self.inputs[shape]
         table, slots, _ = inputs.split(inputs.values)
         self.attentions[shape].update(table[3], table[4:8], slots)
@@ -266,17 +265,25 @@ class StepRunner(ModelRunner):
         ids = self.text_ids[slots, text.clamp(min=0)].where(text >= 0, table[8])
         hidden = self.language.embed_tokens(ids)
         hidden = self.clip_features[slots, clip.clamp(min=0)].where((clip >= 0)[:, None], hidden)
-        return hidden[None], table[:3, None]
+        return hidden[None], self.language.rotary_emb(hidden[None], table[:3, None])
 
-    def _eager_finish(self, hidden: Tensor, shape: StepShape, sample: bool) -> None:
+    def _eager_keep_hidden(self, hidden: Tensor, shape: StepShape) -> Tensor:
+        """Returns the hidden states to choose tokens from, (D, C). Not with what chooses them, whose product with one
+        row would normalize `hidden` again for each output."""
         inputs = self.inputs[shape]
-        _, slots, (choose, samples, next_row) = inputs.split(inputs.values)
+        _, slots, (choose, _, _) = inputs.split(inputs.values)
         slots = slots[: shape[0]]
-        chosen = hidden[0, choose.clamp(min=0)].where((choose >= 0)[:, None], self.last_hidden[slots])
+        chosen = self.language.norm(hidden[0, choose.clamp(min=0)])
+        chosen = chosen.where((choose >= 0)[:, None], self.last_hidden[slots])
         self.last_hidden[slots] = chosen
-        if sample:
-            self._choose(chosen, slots, next_row, samples > 0)
-            self.new_tokens[slots] = self.text_ids[slots, next_row]
+        return chosen
+
+    def _eager_choose_tokens(self, chosen: Tensor, shape: StepShape) -> None:
+        inputs = self.inputs[shape]
+        _, slots, (_, samples, next_row) = inputs.split(inputs.values)
+        slots = slots[: shape[0]]
+        self._choose(chosen, slots, next_row, samples > 0)
+        self.new_tokens[slots] = self.text_ids[slots, next_row]
 
     def warm_up(self, sample: bool = True) -> None:
         """Compiles each kind of step and captures it as a CUDA graph. Call it while nothing is due. Does nothing on the

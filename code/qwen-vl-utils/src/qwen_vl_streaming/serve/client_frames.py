@@ -1,6 +1,9 @@
 """Makes clips of the frames that a client sends: checks what is announced, and decodes and prepares in threads."""
 
+import functools
 from collections.abc import Callable
+
+from torch import Tensor
 
 from ..common.numbers import is_number
 from ..model.prompts import frame_patches, join_frames
@@ -42,7 +45,7 @@ class ClientFrames:
 
         def take() -> None:
             frame = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
-            patches = frame_patches(self.server.processor, frame)
+            patches = frame_patches(self.server.processor, frame, self.server.settings.dtype)
             self._feed(self.builder.add(Picture(frame, moment, patches), missed), feed)
 
         await self.server.in_thread(take)
@@ -55,5 +58,8 @@ class ClientFrames:
     def _feed(self, clips: list[BuiltClip], feed: Feed) -> None:
         for clip in clips:
             self.keep(clip)
-            pixels = join_frames([picture.patches for picture in clip.pictures])
-            feed(PreparedClip(pixels), clip)
+            pixels = functools.partial(self._pixels, clip)
+            feed(PreparedClip([picture.patches for picture in clip.pictures], pixels), clip)
+
+    def _pixels(self, clip: BuiltClip) -> Tensor:
+        return join_frames([frame_patches(self.server.processor, picture.frame) for picture in clip.pictures])

@@ -27,6 +27,9 @@ MOST_NESTED = 100
 """Lists and objects in a message; deep nesting would exhaust the stack of the JSON parser."""
 
 
+ENCODE = json.JSONEncoder(allow_nan=False).encode  # `dumps` with options would make an encoder for each message
+
+
 class Refused(Exception):
     """A message that is refused: `code` and text of the protocol's error."""
 
@@ -122,7 +125,7 @@ class Connection:
                 while (entry := await self.outbox.get()) is not None:
                     limit.reschedule(asyncio.get_running_loop().time() + SEND_SECONDS)
                     message, binary = entry
-                    await self.socket.send_text(json.dumps(message, allow_nan=False))
+                    await self.socket.send_text(ENCODE(message))
                     if binary is not None:
                         await self.socket.send_bytes(binary)
                     limit.reschedule(None)

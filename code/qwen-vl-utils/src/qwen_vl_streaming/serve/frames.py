@@ -10,6 +10,7 @@ import io
 import math
 import struct
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,8 @@ def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, in
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         picture = picture if turn is None else picture.transpose(turn)
         if picture.size == size[::-1]:
-            return torch.from_numpy(np.stack([np.asarray(band) for band in picture.split()]))
+            bands = bytearray().join([picture.tobytes("raw", band) for band in "RGB"])
+            return torch.frombuffer(bands, dtype=torch.uint8).view(3, *size)
         image = np.array(picture)
     except Exception as error:
         raise BadFrame("not_an_image", f"the {form.upper()} frame is incomplete or damaged") from error
@@ -150,7 +152,7 @@ class Picture:
     time: float
     """When it was captured, by the client's clock."""
     patches: Tensor
-    """`frame_patches` of the frame, made before the clip is complete."""
+    """`frame_patches` of the frame in the models' dtype, made before the clip is complete."""
 
 
 @dataclass(frozen=True)
@@ -174,19 +176,20 @@ class BuiltClip:
 class PreparedClip:
     """A clip on its way to the models."""
 
-    def __init__(self, pixels: Tensor):
-        self.pixels = pixels
-        """(patches, pixels of a patch) in float32."""
+    def __init__(self, halves: Sequence[Tensor], pixels: Callable[[], Tensor]):
+        """`halves` are the `frame_patches` of its frames, in the models' dtype or in float32. `pixels` makes the clip,
+        (patches, pixels of a patch) in float32."""
+        self.halves, self._pixels = halves, pixels
         self._hash: str | None = None
         self._lock = threading.Lock()
 
     @property
     def hash(self) -> str:
-        """`clip_hash` of the pixels, computed once. It takes as long as decoding a frame: read it once the models have
-        the clip."""
+        """`clip_hash` of the clip in float32, computed once. It takes longer than decoding a frame: read it once the
+        models have the clip."""
         with self._lock:  # of this clip alone: each model has a thread that hashes
             if self._hash is None:
-                self._hash = clip_hash(self.pixels)
+                self._hash = clip_hash(self._pixels())
             return self._hash
 
 

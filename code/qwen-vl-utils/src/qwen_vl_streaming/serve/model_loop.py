@@ -4,6 +4,7 @@ Messages come through a pipe and are read in a thread. Nothing here waits for a 
 step. Knows nothing about sockets and pictures.
 """
 
+import collections
 import contextlib
 import logging
 import math
@@ -62,8 +63,8 @@ class ModelLoop:
         self.failures = 0
         self.busy_since = {"loop": math.inf, "inbox": math.inf}
         """When each of the two threads began what it does now, by the monotonic clock; inf while it waits."""
-        self.hash: Future[str] = Future()
-        """Of the newest clip. It comes after the clip: only the record needs it."""
+        self.hashes: collections.deque[Future[str]] = collections.deque()
+        """Those to come, of the newest clips: they come after the clips, because only the record needs them."""
         self.sending = threading.Lock()
         self.read_error: Exception | None = None
         """Why messages can no longer be read."""
@@ -106,12 +107,14 @@ class ModelLoop:
             while (message := self.connection.recv()) is not None:
                 self.busy_since["inbox"] = time.monotonic()
                 if message[0] == "hash":
-                    self.hash.set_result(message[1])
+                    self.hashes.popleft().set_result(message[1])
+                elif message[0] == "clip":
+                    kind, key, number, shape, *rest = message
+                    pixels = self.pixels.read(number, shape, pinned)
+                    self.hashes.append(known_hash := Future())
+                    self.inbox.put((kind, key, pixels, known_hash, now(), *rest))
+                    self.pixels.release(number)
                 else:
-                    if message[0] == "clip":
-                        kind, key, number, shape, *rest = message
-                        pixels, self.hash = self.pixels.read(number, shape, pinned), Future()
-                        message = kind, key, pixels, self.hash, now(), *rest
                     self.inbox.put(message)
                 self.busy_since["inbox"] = math.inf
         except (EOFError, OSError):  # the server has ended
@@ -121,7 +124,8 @@ class ModelLoop:
             self.read_error = error
         finally:
             self.busy_since["inbox"] = math.inf
-            self.hash.cancel()  # one that has not come never will
+            for known_hash in self.hashes:  # those that have not come never will
+                known_hash.cancel()
             self.inbox.put(None)
 
     def _take_messages(self) -> bool:

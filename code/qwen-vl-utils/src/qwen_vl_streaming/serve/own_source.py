@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..common.errors import InputError
 from ..live.intake import Intake
+from ..model.prompts import split_frames
 from ..video.opening import open_source
 from ..video.sources import Clip
 from .catalog import FPS, ServedModel
@@ -112,4 +113,5 @@ class OwnSource:
             self.keep(clip)
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
-        self._notify(ShownClip(PreparedClip(pixels), pictures, times, clip.completed, clip.last))
+        prepared = PreparedClip(split_frames(pixels), lambda: pixels)
+        self._notify(ShownClip(prepared, pictures, times, clip.completed, clip.last))

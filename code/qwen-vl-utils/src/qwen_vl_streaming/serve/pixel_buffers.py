@@ -5,6 +5,7 @@ towards /dev/shm. The buffers are used again and again: the reader copies a clip
 the buffer's number back. Knows nothing else about clips.
 """
 
+import functools
 import math
 import mmap
 import os
@@ -35,6 +36,8 @@ class PixelBuffers:
         self.memory = torch.frombuffer(mmap.mmap(self.file, count * clip_bytes), dtype=torch.uint8)
         self.memory = self.memory.view(count, clip_bytes)
         self.unused = [*range(count)]
+        # Each of its operations would let another thread have Python's lock.
+        self._clip = functools.lru_cache(4 * count)(self._find)
 
     def __getstate__(self) -> tuple:
         return DupFd(self.file), self.free, self.dtype, self.memory.shape
@@ -45,7 +48,7 @@ class PixelBuffers:
         self._map(*shape)
         os.close(self.file)
 
-    def _clip(self, number: int, shape: Sequence[int]) -> Tensor:
+    def _find(self, number: int, shape: Sequence[int]) -> Tensor:
         """The clip of `shape` in a buffer."""
         return self.memory[number, : math.prod(shape) * self.dtype.itemsize].view(self.dtype).view(*shape)
 
@@ -56,19 +59,26 @@ class PixelBuffers:
         self.free.close()
         os.close(self.file)
 
-    def write(self, pixels: Tensor) -> int:
-        """Copy `pixels`, of any dtype, into a buffer, once one is free. Returns its number. Raises EOFError or OSError
-        if the reader has ended."""
-        number = self.unused.pop() if self.unused else self.freed.recv_bytes()[0]
-        self._clip(number, pixels.shape).copy_(pixels)
-        return number
+    def write(self, halves: Sequence[Tensor]) -> tuple[int, tuple[int, int]]:
+        """Join the halves of a clip, (patches, channels, pixels of a patch) of any dtype, in a buffer, once one is
+        free. Returns its number and the clip's shape. Raises EOFError or OSError if the reader has ended."""
+        patches, channels, pixels = halves[0].shape
+        while not self.unused:
+            if not (numbers := os.read(self.freed.fileno(), len(self.memory))):
+                raise EOFError
+            self.unused += numbers
+        number = self.unused.pop()
+        clip = self._clip(number, (patches, channels, len(halves), pixels))
+        for place, half in enumerate(halves):
+            clip[:, :, place].copy_(half)
+        return number, (patches, channels * len(halves) * pixels)
 
     # The reading process
 
     def read(self, number: int, shape: tuple[int, int], pinned: bool) -> Tensor:
-        """Copy a clip of `shape` out of its buffer, into `pinned` memory if a GPU is to read it, and free the
-        buffer."""
-        pixels = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
-        pixels.copy_(self._clip(number, shape))
-        self.free.send_bytes(bytes([number]))
-        return pixels
+        """Copy a clip of `shape` out of its buffer, into `pinned` memory if a GPU is to read it."""
+        return torch.empty(shape, dtype=self.dtype, pin_memory=pinned).copy_(self._clip(number, shape))
+
+    def release(self, number: int) -> None:
+        """Free a buffer that was read."""
+        os.write(self.free.fileno(), bytes([number]))

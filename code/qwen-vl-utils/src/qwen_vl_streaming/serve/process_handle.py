@@ -6,11 +6,12 @@ import os
 import queue
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.context import SpawnProcess
 
 from ..common.errors import InputError
 from ..sessions.perception_client import group_signals_ignored
+from .frames import PreparedClip
 from .model_loop import ALIVE
 from .model_process import run_process
 from .model_spec import ModelSpec
@@ -30,6 +31,9 @@ class ProcessHandle:
         """`connection`: this end of a pipe, whose other end the process has."""
         self.name, self.connection, self.pixels, self.process = name, connection, pixels, process
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self.unhashed: queue.SimpleQueue[PreparedClip | None] = queue.SimpleQueue()
+        """Clips that were sent."""
+        self.sending = threading.Lock()
 
     @classmethod
     def start(cls, spec: ModelSpec) -> "ProcessHandle":
@@ -72,7 +76,9 @@ class ProcessHandle:
 
     def messages(self) -> Iterator[tuple]:
         """What the process says, until it has ended or hangs. From now on, messages are sent to it."""
-        threading.Thread(target=self._send_all, daemon=True).start()
+        hashing = threading.Thread(target=self._sender, args=(self._send_hashes,), daemon=True)
+        hashing.start()
+        threading.Thread(target=self._sender, args=(self._send_all, hashing), daemon=True).start()
         arrived = select.poll()
         arrived.register(self.connection, select.POLLIN)
         silent = 0
@@ -90,18 +96,36 @@ class ProcessHandle:
                 yield message
         logger.error("model %s has said nothing for %d s: its process hangs and is killed", self.name, SILENT_SECONDS)
 
-    def _send_all(self) -> None:
-        """Send what is in the outbox until None; the pixels of clips through shared memory, and their hashes after
-        them, because only the record needs these."""
+    def _send_all(self, hashing: threading.Thread) -> None:
+        """Send what is in the outbox until None, the pixels of clips through shared memory."""
         try:
             while (message := self.outbox.get()) is not None:
                 if message[0] == "clip":
                     kind, key, clip, *rest = message
-                    number = self.pixels.write(clip.pixels)
-                    self.connection.send((kind, key, number, tuple(clip.pixels.shape), *rest))
-                    message = "hash", clip.hash
-                self.connection.send(message)
-            self.connection.send(None)
+                    number, shape = self.pixels.write(clip.halves)
+                    self._send(kind, key, number, shape, *rest)
+                    self.unhashed.put(clip)
+                else:
+                    self._send(*message)
+        finally:
+            self.unhashed.put(None)
+        hashing.join()
+        self.connection.send(None)
+
+    def _send_hashes(self) -> None:
+        """Send the hashes of the clips that were sent, in their order. No clip waits for them, because only the record
+        needs them."""
+        while (clip := self.unhashed.get()) is not None:
+            self._send("hash", clip.hash)
+
+    def _send(self, *message) -> None:
+        with self.sending:
+            self.connection.send(message)
+
+    def _sender(self, send: Callable[..., None], *arguments) -> None:
+        """Run `send` until the process has ended."""
+        try:
+            send(*arguments)
         except (EOFError, OSError):
             pass  # the process has ended, which the receiver notices
         except Exception:

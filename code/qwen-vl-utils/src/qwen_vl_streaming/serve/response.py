@@ -82,8 +82,12 @@ class Response:
         if token != self.model.end_of_slot_id:
             self.tokens += 1
             self.metrics.tokens.labels(self.model.name).inc()
-        self._measure(slot, time)
+        following = self.captured(slot + 1)
+        if following and time > following[0] and slot > self.missed_slot:
+            self.missed_slot = slot
+            self.misses += 1
         self._say(self.pieces.add(token), [token], slot, time)
+        self._measure(slot, time)
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
 
     def _newest_frame(self, slot: int, time: float) -> tuple[float, float | None]:
@@ -122,10 +126,6 @@ class Response:
             if self.newest[2] is not None:
                 metrics.jitter.labels(name).observe(abs(gap - self.newest[2]))
         self.newest = slot, time, gap
-        following = self.captured(slot + 1)
-        if following and time > following[0] and slot > self.missed_slot:
-            self.missed_slot = slot
-            self.misses += 1
 
     def done(self, how: str, figures: dict | None, recorded: bool) -> None:
         self.over = True

@@ -132,8 +132,8 @@ class Worker:
         while True:
             try:
                 for message in self.newest.messages():
-                    self._copy(*message)
                     deliver(*message)
+                    self._copy(*message)
             except Exception:
                 logger.exception("model %s: what it says could not be handled", name)
             self.newest.kill()  # before the records are written: one that hangs could go on
