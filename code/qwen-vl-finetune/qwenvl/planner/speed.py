@@ -81,7 +81,7 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus) -> S
         passes = 2 + (settings.checkpointed > 0)
         sent = settings.accumulation * (passes * weights + gradients)
         each = max(gpu, host, (passes * weights + gradients) / link)
-        each += (passes * 2.0 * shape.total + 2.0 * n) / c.SHARD_RATE
+        each += passes / 2 * shape.layers * c.SHARD_SECONDS
         if zero.offload:
             each += (passes * 2.0 * shape.total + 2.0 * n) / processes / c.HOST_LINK
         end = 0.0
