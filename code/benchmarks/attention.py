@@ -28,7 +28,7 @@ from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
-from qwen_vl_streaming.engine.paged_attention import PagedAttention
+from qwen_vl_streaming.engine.paged_attention import PagedAttention, kernel_settings
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
 from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
@@ -124,15 +124,12 @@ class Bench:
             return lambda: attention.attend(query, layer_cache, scale)
         seen = torch.stack(rows).to(self.device)
         if shape.kind != "clip":
-            splits = 1
-        elif splits is None:
-            splits = num_splits(
-                cache, seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
-            )
+            settings = kernel_settings(cache, *seen.shape, self.groups, options)
+        else:
+            queries = seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
+            settings = {"kernel_options": options, "splits": splits or num_splits(cache, queries)}
         slots = torch.arange(len(rows), device=self.device)
-        attention = PagedAttention(
-            cache, slots, None, seen, torch.ones_like(seen), self.groups, True, options, splits=splits
-        )
+        attention = PagedAttention(cache, slots, None, seen, torch.ones_like(seen), self.groups, True, **settings)
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
         attend = torch.compile(attention.attend, dynamic=False) if self.device == "cuda" else attention.attend
         return lambda: attend(query, layer_cache, scale)
