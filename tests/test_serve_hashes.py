@@ -1,5 +1,6 @@
 """The hashes of clips come after them: only the record of a session needs them."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from qwen_vl_streaming.serve import frames
 from qwen_vl_streaming.serve.frames import PreparedClip
+from qwen_vl_streaming.serve.process_handle import UNHASHED
 from qwen_vl_streaming.sessions.record import read_record
 from served import drive, running, settled, trained
 from serving_clients import Talk, picture_bytes
@@ -56,6 +58,30 @@ def test_tokens_and_further_clips_do_not_wait_for_hashes(may_hash, server):
 
     record = read_record(server.record(drive(run)))
     assert len(record.hashes) == len(record.arrived) == 2
+    settled(server)
+
+
+def test_few_clips_wait_for_their_hashes(may_hash, server):
+    """Further ones wait to be sent: the end of a session waits for the hashes of all that were."""
+    count = UNHASHED + 6
+
+    async def run():
+        async with Talk(server.connect()) as viewer:
+            await viewer.begin(schedule="greedy")
+            key = (await viewer.until("response.created"))["response"]["id"]
+            for number in range(2 * count):
+                await viewer.frame(number / 2, picture_bytes(seed=number))
+            handle = server.server.workers[0].newest
+            while handle.outbox.qsize() < count - UNHASHED - 2:  # one is being hashed, and one waits for room
+                await asyncio.sleep(0.01)
+            assert handle.unhashed.full()
+            may_hash.set()
+            await viewer.say("input_video.end")
+            assert (await viewer.until("response.done"))["response"]["status"] == "completed"
+            return key
+
+    record = read_record(server.record(drive(run)))
+    assert len(record.hashes) == len(record.arrived) == count
     settled(server)
 
 

@@ -61,14 +61,14 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
 
 
 def test_steps_have_few_kinds_of_rows(model):
-    for slots, counts in {1: [1], 63: [63], 64: [32, 64], 160: [32, 160]}.items():
+    for slots, counts in {1: [1], 127: [127], 128: [32, 128], 160: [32, 160]}.items():
         assert decode_counts_of(slots) == counts
-    with SessionPool(model, 64, LARGEST, max_clips=1, max_new_tokens=1) as pool:
-        few = [(32, n) for n in (0, 1, 2, 4, 8)]
-        sampling = [*few, *((64, n) for n in (0, 2, 8))]
-        assert pool.runner.kinds == [*((shape, False) for shape in few[1:]), *((shape, True) for shape in sampling)]
-    with SessionPool(model, 63, LARGEST, max_clips=1, max_new_tokens=1) as pool:
-        assert pool.runner.shapes == [(63, n) for n in (0, 1, 2, 4, 8)]
+    with SessionPool(model, 128, LARGEST, max_clips=1, max_new_tokens=1) as pool:
+        shapes = [(rows, n) for rows in (32, 128) for n in (0, 1, 2, 4, 8)]
+        tokenless = [((32, n), False) for n in (1, 2, 4, 8)]
+        assert pool.runner.kinds == [*tokenless, *((shape, True) for shape in shapes)]
+    with SessionPool(model, 127, LARGEST, max_clips=1, max_new_tokens=1) as pool:
+        assert pool.runner.shapes == [(127, n) for n in (0, 1, 2, 4, 8)]
 
 
 @pytest.mark.parametrize(("chunks", "flex"), [(1, False), (3, False), (1, True)], ids=["whole clips", "chunks", "flex"])

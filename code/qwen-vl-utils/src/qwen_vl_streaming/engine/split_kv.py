@@ -54,8 +54,8 @@ def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **op
 
 def combine_splits(output: Tensor, lse: Tensor, splits: int) -> Tensor:
     """Attention over all keys, from the `output` (n x splits, …, D) over each split and its log-sum-exp (n x splits,
-    …), which is -inf for a split without keys. The compiler makes one kernel of it, together with a change of order of
-    the result: all steps have the shape of the output, and the sum is the last."""
+    …), which is -inf for a split without keys. The compiler makes one kernel of it: all steps have the shape of the
+    output, and the sum is the last."""
     output, lse = output.unflatten(0, (-1, splits)), lse.unflatten(0, (-1, splits))
     lse = lse[..., None].expand(output.shape)
     weight = (lse - lse.amax(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).min)).exp()

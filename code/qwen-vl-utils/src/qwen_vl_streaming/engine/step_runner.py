@@ -51,8 +51,8 @@ FEW_DECODE_ROWS = 32
 
 def decode_counts_of(batch_slots: int) -> list[int]:
     """The numbers of decode rows that steps of `batch_slots` slots have. These are few, since each is compiled and
-    captured with several numbers of chunks."""
-    return [FEW_DECODE_ROWS, batch_slots] if batch_slots >= 2 * FEW_DECODE_ROWS else [batch_slots]
+    captured with each number of chunks."""
+    return [FEW_DECODE_ROWS, batch_slots] if batch_slots >= 4 * FEW_DECODE_ROWS else [batch_slots]
 
 
 class StepRunner(ModelRunner):
@@ -88,7 +88,13 @@ class StepRunner(ModelRunner):
         self.clip_chunks = clip_chunks
         counts = decode_counts_of(batch_slots) if decode_counts is None else decode_counts
         self.decode_counts = sorted({*(count for count in counts if count < batch_slots), batch_slots})
-        self.shapes = self._shapes()
+        # Each chunk may be of another slot, which needs a row.
+        self.shapes: list[StepShape] = [
+            (rows, chunks)
+            for rows in self.decode_counts
+            for chunks in self.chunk_counts
+            if rows >= min(chunks, batch_slots)
+        ]
         fewest = {shape[1]: shape for shape in reversed(self.shapes) if shape[1]}
         self.kinds: list[StepKind] = [
             *((fewest[chunks], False) for chunks in sorted(fewest)),
@@ -215,15 +221,6 @@ class StepRunner(ModelRunner):
         width = self.chunk_size * self.clip_chunks
         for first in range(0, len(due), width):
             self.step([StepRequest(batch_slot, DueRows.empty(), due[first : first + width], False)])
-
-    def _shapes(self) -> list[StepShape]:
-        """All shapes of steps. A step with a decode row for each of many slots is rare, and has every second number of
-        chunks."""
-        most, counts = self.decode_counts[-1], self.chunk_counts
-        some = {counts[0], *counts[::-2]} if len(self.decode_counts) > 1 else {*counts}
-        own = {**dict.fromkeys(self.decode_counts, counts), most: sorted(some)}
-        # Each chunk may be of another slot, which needs a row.
-        return [(rows, chunks) for rows in own for chunks in own[rows] if rows >= min(chunks, most)]
 
     def kind_of(self, requests: Sequence[StepRequest]) -> StepKind:
         """The kind of the step for `requests`: the one with the fewest rows that has room for them."""

@@ -271,7 +271,7 @@ def frame_patches(processor, frame: Tensor, dtype: torch.dtype = torch.float32) 
     side, merge = video.patch_size, video.merge_size
     rows, columns = (length // (side * merge) for length in frame.shape[1:])
     # A patch's row moves as one item, which is faster than pixel by pixel.
-    items = pixels[0].to(dtype).view(torch.uint8).numpy().view(f"V{side * dtype.itemsize}")
+    items = pixels[0].to(dtype).contiguous().view(torch.uint8).numpy().view(f"V{side * dtype.itemsize}")
     blocks = items.reshape(len(frame), rows, merge, side, columns, merge).transpose(1, 4, 2, 5, 0, 3)
     moved = torch.from_numpy(np.ascontiguousarray(blocks).reshape(-1).view(np.uint8))
     return moved.view(dtype).view(-1, len(frame), side * side)

@@ -1,5 +1,6 @@
 """The server's handle of one model process: starts it, sends without waiting, receives, and notices that it hangs."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 SECONDS_TO_END = 5.0
 SILENT_SECONDS = 30
 """A process that says nothing for so long hangs."""
+UNHASHED = 4
+"""Clips that wait for their hashes, at most: a session whose hashes have not come holds up others when it ends."""
 
 
 class ProcessHandle:
@@ -31,7 +34,7 @@ class ProcessHandle:
         """`connection`: this end of a pipe, whose other end the process has."""
         self.name, self.connection, self.pixels, self.process = name, connection, pixels, process
         self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
-        self.unhashed: queue.SimpleQueue[PreparedClip | None] = queue.SimpleQueue()
+        self.unhashed: queue.Queue[PreparedClip | None] = queue.Queue(UNHASHED)
         """Clips that were sent."""
         self.sending = threading.Lock()
 
@@ -104,16 +107,22 @@ class ProcessHandle:
                     kind, key, clip, *rest = message
                     number, shape = self.pixels.write(clip.halves)
                     self._send(kind, key, number, shape, *rest)
-                    self.unhashed.put(clip)
+                    self._hash(clip, hashing)
                 else:
                     self._send(*message)
         finally:
-            self.unhashed.put(None)
+            self._hash(None, hashing)
         hashing.join()
         self.connection.send(None)
 
+    def _hash(self, clip: PreparedClip | None, hashing: threading.Thread) -> None:
+        """Put `clip` in the queue, once there is room, for the thread `hashing` if that still runs."""
+        while hashing.is_alive():
+            with contextlib.suppress(queue.Full):
+                return self.unhashed.put(clip, timeout=1)
+
     def _send_hashes(self) -> None:
-        """Send the hashes of the clips that were sent, in their order. No clip waits for them, because only the record
+        """Send the hashes of the clips that were sent, in their order. Clips hardly ever wait for them: only the record
         needs them."""
         while (clip := self.unhashed.get()) is not None:
             self._send("hash", clip.hash)
