@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.engine import paged_attention
 from qwen_vl_streaming.engine.device_event import DeviceEvent
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.step_runner import StepRunner, chunk_counts_of
@@ -116,12 +117,15 @@ def test_the_model_may_decide_when_a_slot_ends(variant, monkeypatch):
         check_logits(monkeypatch, model, draw, deciding_case(draw, variant, may_be_late=True))
 
 
+@pytest.mark.parametrize("decode_splits", [1, 5])
 @pytest.mark.parametrize("variant", ["group", "interleave"])
-def test_flex_attention(model, variant, monkeypatch):
-    """As on a GPU, where it is compiled: chunks of one clip are attended to in one step, each with its own mask."""
+def test_flex_attention(model, variant, decode_splits, monkeypatch):
+    """As on a GPU, where it is compiled: chunks of one clip are attended to in one step, each with its own mask, and
+    the keys of a decode row are divided into splits, of which some have none."""
     print("seed", SEED)
-    draw = random.Random(f"{SEED} flex {variant}")
+    draw = random.Random(f"{SEED} flex {variant} {decode_splits}")
     monkeypatch.setattr(ModelRunner, "use_flex", True)
+    monkeypatch.setattr(paged_attention, "num_decode_splits", lambda cache: decode_splits)
     check_logits(monkeypatch, model, draw, random_case(draw, VARIANTS[variant]), window=draw.choice([None, (2, 5)]))
 
 
