@@ -118,6 +118,27 @@ def check(model, case: Case, session: Session) -> None:
         left -= count
 
 
+Running = list[tuple[Case, Session, list]]
+"""Sessions of a pool with their cases, and an item for each clip that was fed."""
+
+
+def feed_some(draw: random.Random, running: Running, chances: tuple[float, ...] = (0.5,)) -> None:
+    """Feed some of the sessions their next clip."""
+    for case, session, fed in running:
+        if len(fed) < len(case.pixels) and draw.random() < draw.choice(chances):
+            fed.append(1)
+            session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+
+
+def close_done(running: Running) -> Running:
+    """Close the sessions that are done, and remove them from `running`. Returns them."""
+    done = [each for each in running if each[1].done]
+    running[:] = [each for each in running if not each[1].done]
+    for _, session, _ in done:
+        session.close()
+    return done
+
+
 def most_of(case: Case) -> int:
     """M of a case with schedule model-M."""
     return int(case.schedule.removeprefix("model-"))

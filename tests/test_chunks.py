@@ -21,7 +21,7 @@ from qwen_vl_streaming.sessions.slot_scheduler import SlotScheduler
 from qwen_vl_streaming.timeline.plan import Window
 from qwen_vl_streaming.timeline.timeline import Layout, ModelSchedule, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from sessions import PARALLEL, check, deciding_case, deciding_model, most_of, play, random_case
+from sessions import PARALLEL, check, close_done, deciding_case, deciding_model, feed_some, most_of, play, random_case
 from tiny import tiny_model
 
 SEED = time.time_ns() % 100_000
@@ -237,17 +237,11 @@ def test_sessions_of_a_pool(model):
             mode = "fused" if case.variant.parallel else "serial"
             options = {**case.options, "chunk": None, "ahead": draw.choice([0, 1, 3])}
             running.append((case, pool.open(case.variant, case.template, case.layout, mode=mode, **options), []))
-        for case, session, fed in running:
-            if len(fed) < len(case.pixels) and draw.random() < 0.5:
-                fed.append(1)
-                session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+        feed_some(draw, running)
         pool.step()
-        for case, session, fed in [*running]:
-            if session.done:
-                running.remove((case, session, fed))
-                session.close()
-                check(model, case, session)
-                over += 1
+        for case, session, _ in close_done(running):
+            check(model, case, session)
+            over += 1
     assert over == 20
 
 

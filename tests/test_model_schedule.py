@@ -53,9 +53,11 @@ from sessions import (
     END_OF_SLOT,
     PARALLEL,
     check_deciding,
+    close_done,
     decided,
     deciding_case,
     deciding_model,
+    feed_some,
     most_of,
     play,
 )
@@ -162,16 +164,10 @@ def test_sessions_of_a_pool_write_the_reference_tokens(model):
         if len(pool.sessions) == len(running) and pool.runner.free_slots:  # another one, which is always busy
             other = replace(waiting[0] if waiting else running[0][0], schedule="wait-2", most=9)
             pool.open(GROUP, other.template, other.layout, **{**other.options, "max_clips": 6}).feed(other.pixels[0])
-        for case, session, fed in running:
-            if len(fed) < len(case.pixels) and draw.random() < 0.5:
-                fed.append(1)
-                session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+        feed_some(draw, running)
         pool.step()
-        for case, session, fed in [*running]:
-            if session.done:
-                running.remove((case, session, fed))
-                session.close()
-                check_deciding(model, case, session)
+        for case, session, _ in close_done(running):
+            check_deciding(model, case, session)
     pool.close()
 
 

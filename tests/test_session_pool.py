@@ -16,7 +16,7 @@ from qwen_vl_streaming.sessions.record import read_record
 from qwen_vl_streaming.sessions.session_pool import SessionPool
 from qwen_vl_streaming.timeline.timeline import Layout, Schedule
 from qwen_vl_streaming.timeline.variants import VARIANTS
-from sessions import PARALLEL, check, no_memory, random_case
+from sessions import PARALLEL, check, close_done, feed_some, no_memory, random_case
 from tiny import random_template
 
 SEED = time.time_ns() % 100_000
@@ -42,18 +42,12 @@ def test_each_writes_what_it_would_alone(model, part, chunk_counts):
         if waiting and len(running) < 5 and draw.random() < 0.3:
             case, mode = waiting.pop()
             running.append((case, let_in(pool, case, mode, ahead=draw.choice([0, 1, 3])), []))
-        for case, session, fed in running:
-            if len(fed) < len(case.pixels) and draw.random() < draw.choice([0.1, 0.9]):
-                fed.append(1)
-                session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+        feed_some(draw, running, (0.1, 0.9))
         pool.step()
-        for case, session, fed in [*running]:
-            if session.done:
-                running.remove((case, session, fed))
-                session.close()
-                if len(fed) == len(case.pixels) or session.ended or len(session.written) == case.most:
-                    check(model, case, session)
-                    over += 1
+        for case, session, fed in close_done(running):
+            if len(fed) == len(case.pixels) or session.ended or len(session.written) == case.most:
+                check(model, case, session)
+                over += 1
     assert over == 25
     pool.step()
     assert pool.idle and not pool.sessions
@@ -106,22 +100,16 @@ def test_steps_of_few_sessions_have_few_rows(model, chunks, flex, monkeypatch):
         waiting = [random_case(draw, draw.choice([*VARIANTS.values(), *PARALLEL])) for _ in range(many)]
         running = []
         while waiting or running:
-            crowd = slots if len(waiting) > many // 3 else 4 if len(waiting) > many // 6 else 1
-            while waiting and len(running) < crowd:
+            together = slots if len(waiting) > many // 3 else 4 if len(waiting) > many // 6 else 1
+            while waiting and len(running) < together:
                 case = waiting.pop()
                 mode = "fused" if case.variant.parallel else "serial"
                 running.append((case, let_in(pool, case, mode, ahead=draw.choice([0, 1, 3])), []))
             draw.shuffle(running)
-            for case, session, fed in running:
-                if len(fed) < len(case.pixels) and draw.random() < 0.5:
-                    fed.append(1)
-                    session.feed(case.pixels[len(fed) - 1], last=len(fed) == len(case.pixels))
+            feed_some(draw, running)
             pool.step()
-            for case, session, fed in [*running]:
-                if session.done:
-                    running.remove((case, session, fed))
-                    session.close()
-                    check(model, case, session)
+            for case, session, _ in close_done(running):
+                check(model, case, session)
     assert {rows for rows, sample in used if sample} == {2, 5, slots}, used
     assert any(not sample for _, sample in used)
 

@@ -80,8 +80,8 @@ LORA_HOST_FACTOR = 1.5
 on an H200 whose host ran other programs too: 174 ms, 138 at least, of which the GPU computed for 133."""
 SHARD_SECONDS = 0.0037
 """Seconds of each layer of the language model by which ZeRO-3 lengthens a forward and backward pass: hooks, copies, and
-communication beside the computation; half as much again where layers are recomputed. Two H200s, a pass over four
-samples: 3B 150 ms, 7B 92 ms."""
+communication beside the computation. Two H200s, a pass over four samples, measured less what is predicted without: 3B
+150 ms, 7B 92 ms. Where layers are recomputed, half as much again, which was not measured."""
 OPTIMIZER_BYTES = 200
 """Bytes that an optimizer step of DeepSpeed reads and writes per parameter of a process, besides the optimizer's
 states: gradients are flattened, checked, scaled and copied. 3B: a step of ZeRO-1 takes 94 ms less on four H200s than on

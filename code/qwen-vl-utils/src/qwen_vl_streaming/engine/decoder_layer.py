@@ -17,7 +17,7 @@ from ..common.compiling import CompileOptions
 from ..common.errors import InputError
 from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
-from .quantized_linear import gated_product, gated_products, product
+from .quantized_linear import gated_mlp, gated_product, product
 from .ragged_attention import RaggedAttention
 
 SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
@@ -124,7 +124,7 @@ def run_layer(weights: FusedProjections, hidden: Tensor, attention: Attention, r
     attended = _attend(weights, hidden, attention, rotary, layer_cache)
     hidden, normed = _add_attended(weights, hidden, attended)
     up = weights.gate_up, weights.gate_up_scale
-    return gated_products(normed, *up, weights.act, weights.down, weights.down_scale, hidden)
+    return gated_mlp(normed, *up, weights.act, weights.down, weights.down_scale, hidden)
 
 
 def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:

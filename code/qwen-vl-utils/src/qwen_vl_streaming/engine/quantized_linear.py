@@ -103,7 +103,7 @@ def gated_product(x: Tensor, gate_up: Tensor, scale: Tensor | None, act: nn.Modu
     return act(gate) * up
 
 
-def gated_products(
+def gated_mlp(
     x: Tensor,
     gate_up: Tensor,
     gate_up_scale: Tensor | None,

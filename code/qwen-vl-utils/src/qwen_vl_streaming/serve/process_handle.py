@@ -107,15 +107,15 @@ class ProcessHandle:
                     kind, key, clip, *rest = message
                     number, shape = self.pixels.write(clip.halves)
                     self._send(kind, key, number, shape, *rest)
-                    self._hash(clip, hashing)
+                    self._queue_hash(clip, hashing)
                 else:
                     self._send(*message)
         finally:
-            self._hash(None, hashing)
+            self._queue_hash(None, hashing)
         hashing.join()
         self.connection.send(None)
 
-    def _hash(self, clip: PreparedClip | None, hashing: threading.Thread) -> None:
+    def _queue_hash(self, clip: PreparedClip | None, hashing: threading.Thread) -> None:
         """Put `clip` in the queue, once there is room, for the thread `hashing` if that still runs."""
         while hashing.is_alive():
             with contextlib.suppress(queue.Full):

@@ -87,7 +87,7 @@ class Response:
             self.missed_slot = slot
             self.misses += 1
         self._say(self.pieces.add(token), [token], slot, time)
-        self._measure(slot, time)
+        self._measure(slot, time)  # once it is said, which the histograms would delay
         self.metrics.share.labels(self.model.name).observe(max(0.0, now() - time))
 
     def _newest_frame(self, slot: int, time: float) -> tuple[float, float | None]:

@@ -132,8 +132,10 @@ class Worker:
         while True:
             try:
                 for message in self.newest.messages():
-                    deliver(*message)
-                    self._copy(*message)
+                    try:
+                        deliver(*message)  # first: a viewer need not wait for the copy of the record
+                    finally:
+                        self._copy(*message)
             except Exception:
                 logger.exception("model %s: what it says could not be handled", name)
             self.newest.kill()  # before the records are written: one that hangs could go on
