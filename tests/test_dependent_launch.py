@@ -110,7 +110,9 @@ def assembly(kernel, types, constants, warps) -> list[str]:
     from triton.compiler import ASTSource
 
     types = dict(zip(kernel.arg_names, types, strict=False))
-    aligned = {(argument,): [["tt.divisibility", 16]] for argument in range(len(types))}
+    constants = constants | {name: None for name, kind in types.items() if kind is None}
+    types = {name: kind for name, kind in types.items() if kind is not None}
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     options = {"num_warps": warps, "num_stages": 4} | {"launch_pdl": constants["DEPENDENT"]}
     compiled = triton.compile(source, GPUTarget("cuda", 90, 32), options)
@@ -119,23 +121,40 @@ def assembly(kernel, types, constants, warps) -> list[str]:
     return re.findall(access, compiled.asm["ptx"])
 
 
-@pytest.mark.parametrize("rows,inputs,count,warps", [(1, 3584, 7, 1), (2, 3584, 7, 1), (1, 18944, 4, 8)])
-@pytest.mark.parametrize("dependent", [True, False])
-@pytest.mark.parametrize("kind", ["plain", "added", "gated"])
-def test_few_rows_read_only_weights_before_they_wait(rows, inputs, count, warps, dependent, kind):
+@pytest.mark.parametrize("kind", ["plain", "added", "normed", "gated", "rotated"])
+@pytest.mark.parametrize(
+    "weights,rows,inputs,dependent",
+    [
+        *(("int8", 1, 3584, early) for early in (True, False)),
+        *(("int8", 2, 3584, True), ("int8", 1, 18944, True)),
+        *(("bfloat16", 1, inputs, True) for inputs in (3584, 18944)),
+    ],
+)
+def test_few_rows_read_only_weights_before_they_wait(weights, rows, inputs, dependent, kind):
     pytest.importorskip("triton")
-    from qwen_vl_streaming.engine.few_rows_kernel import OUTPUTS, _few_rows
+    from qwen_vl_streaming.engine import few_rows_kernel, single_row
 
-    constants = {"K": inputs, "M": rows, "OUTPUTS": OUTPUTS * warps, "WORDS": 128, "COUNT": count, "FP8": False}
-    constants |= {"ADDED": kind == "added", "GATED": kind == "gated"}
-    types = "*bf16", "*i32", "*fp32", "*bf16", "*bf16", "i32"
-    found = assembly(_few_rows, types, constants | {"DEPENDENT": dependent}, warps)
+    outputs, count, warps = few_rows_kernel.choose(inputs // 512, weights == "int8", kind == "normed")
+    constants = {"K": inputs, "M": rows, "OUTPUTS": outputs * warps, "WORDS": 128, "COUNT": min(count, inputs // 512)}
+    constants |= {"KIND": weights, "PARTS": 224, "POWER": 256, "EPS": 1e-6, "DEPENDENT": dependent}
+    words = ["*i64", None] if weights == "bfloat16" else ["*i32", "*fp32"]
+    normed = ["*bf16", "*bf16", "*fp32"] if kind == "normed" else [None] * 3
+    if kind == "rotated":
+        kernel, types = single_row._rotated, ["*bf16", "*bf16", "*bf16", "*i64", "*bf16", "*bf16", "i64", "i64"]
+        constants |= {"HALF": 64, "HEADS": 28, "KEY_HEADS": 4}
+    else:
+        added = "*bf16" if kind in ("added", "normed") else None
+        kernel, types = few_rows_kernel._few_rows, [added, normed[0], "*bf16", *normed[1:]]
+        constants |= {"ADDED": added is not None, "GATED": kind == "gated", "NORM": kind == "normed"}
+    found = assembly(kernel, ["*bf16", *words, "*fp32", *types, "i32"], constants, warps)
     waits = [i for i, access in enumerate(found) if "griddepcontrol" in access]
     assert [found[i] for i in waits] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"] * dependent
+    # A thread reads its inputs as they are used, several at once.
+    assert sum("b16" in access for access in found) < 16
     if dependent:
         before, after = found[: waits[0]], found[waits[1] + 1 :]
         # Weights and scales are read once, and evicted first. Inputs are not.
-        assert len(before) >= OUTPUTS * count and all("evict_first" in access for access in before)
+        assert len(before) >= outputs * count / 2 and all("evict_first" in access for access in before)
         assert not any("st" in access.partition(".")[0] for access in before)
         assert any("evict_first" not in access and access.startswith("ld") for access in after)
 

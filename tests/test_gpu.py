@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from qwen_vl_streaming.engine import dependent_launch
+from qwen_vl_streaming.engine import dependent_launch, model_runner
 from qwen_vl_streaming.engine.batch import Batch
+from qwen_vl_streaming.engine.decoder_layer import run_layer
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.quantized_linear import (
     FEW_ROWS,
@@ -23,6 +24,7 @@ from qwen_vl_streaming.engine.quantized_linear import (
     kernel_product,
     product,
 )
+from qwen_vl_streaming.engine.runner import Runner
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
 from qwen_vl_streaming.engine.stream_state import DueRows, StreamState
@@ -288,6 +290,56 @@ def test_few_rows_are_gated_as_by_separate_operations(kind, shape):
         assert (found == expected).float().mean() > 0.99
 
 
+def row_of(kind, dtype, **sizes):
+    """The hidden state after a model's layers for one row among random keys, by `run_layer`, and by the kernels for a
+    single row."""
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = tiny_model(**sizes).to("cuda", dtype)
+    for parameter in model.model.language_model.layers.parameters():
+        parameter.normal_(*((0, parameter.shape[1] ** -0.5) if parameter.dim() > 1 else (1, 0.3)))
+    if kind is not None:
+        quantize_model(model, kind)
+    config = model.config.text_config
+    cache = PagedKVCache(config, 1, 64, 64, dtype, model.device)
+    cache.allocate(0, 7000, 1000)
+    cache.store.normal_()
+    runner = Runner(model, 1, cache, 1000)
+    attention = runner.decode_attention
+    for tensor, value in ((attention.seen_visual, 6500), (attention.seen_text, 300), (attention.cache_index, 7299)):
+        tensor.fill_(value)
+    attention.refresh()
+    hidden = torch.randn(1, 1, config.hidden_size, device="cuda", dtype=dtype)
+    rotary, before = runner.language.rotary_emb(hidden, torch.full((3, 1, 1), 6800, device="cuda")), cache.store.clone()
+    expected = runner._run_layers(hidden, rotary, attention, torch.compile(run_layer, dynamic=False))
+    written = cache.store.clone()
+    cache.store.copy_(before)
+    from qwen_vl_streaming.engine.single_row import SingleRow
+
+    found = SingleRow(runner.layers, dependent_launch.compile_options(model.device)).run(
+        hidden, rotary, attention, cache.layers
+    )
+    return (found, expected), (cache.store, written)
+
+
+LARGE = {
+    "hidden_size": 1024, "intermediate_size": 4608, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+"""Heads as of the released sizes, and products whose inputs are read at once and not."""
+
+
+@pytest.mark.parametrize("kind", [None, *WEIGHTS])
+@torch.no_grad()
+def test_the_kernels_for_a_single_row_equal_the_layers_of_many_rows(kind):
+    for found, expected in row_of(kind, torch.bfloat16, **FLEX | LARGE):
+        assert (found.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
+    if kind is not None:  # in float32, too, of which the kernels take everything but weights
+        for found, expected in row_of(kind, torch.float32, **FLEX | LARGE):
+            assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("shape", TILES, ids=str)
 def test_the_tiles_of_every_product_run_on_this_gpu(kind, shape):
@@ -314,7 +366,7 @@ WIDE = {
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("name", ["group", "interleave"])
-def test_batches_with_8_bit_weights_equal_the_reference(kind, name):
+def test_batches_with_8_bit_weights_equal_the_reference(kind, name, monkeypatch):
     print("seed", SEED)
     torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -325,6 +377,11 @@ def test_batches_with_8_bit_weights_equal_the_reference(kind, name):
     expected = reference_captions(models[0], variant, jobs)
     for size in (1, 4):
         assert batched(models[1], variant, jobs, batch_size=size) == expected
+    from qwen_vl_streaming.engine.single_row import SingleRow
+
+    # In float32 too, by the kernels for a single row.
+    monkeypatch.setattr(model_runner, "single_row", lambda layers, _, options: SingleRow(layers, options))
+    assert batched(models[1], variant, jobs, batch_size=1) == expected
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -287,7 +287,7 @@ def few_rows_kernel(monkeypatch):
 
     print("seed", SEED)
     torch.manual_seed(SEED)
-    for name in ("_few_rows", "_read", "_add", "_plus"):
+    for name in ("_few_rows", "_sums", "_read", "_value", "_add", "_plus"):
         monkeypatch.setattr(few_rows_kernel, name, InterpretedFunction(getattr(few_rows_kernel, name).fn))
     return few_rows_kernel
 

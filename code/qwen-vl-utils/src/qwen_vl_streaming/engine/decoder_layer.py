@@ -1,8 +1,9 @@
 """A decoder layer over the paged KV cache: the arithmetic of the stock layer with fused projections.
 
 Decoding is bound by how fast weights are read and by the number of kernels per layer. One product computes query, key
-and value, and one computes gate and up. The stock layer's weights become views of the fused ones, so no weight is
-stored twice and the model saves as before. `tests/test_batch.py` compares the result with the stock layers.
+and value, and one computes gate and up. `single_row.py` runs the same layer over one row, in fewer kernels. The stock
+layer's weights become views of the fused ones, so no weight is stored twice and the model saves as before.
+`tests/test_batch.py` compares the result with the stock layers.
 """
 
 from collections.abc import Sequence
@@ -13,15 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, apply_rotary_pos_emb
 
-from ..common.compiling import CompileOptions
 from ..common.errors import InputError
 from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
-from .quantized_linear import gated_mlp, gated_product, product
+from .quantized_linear import GROUP, gated_mlp, is_silu, product
 from .ragged_attention import RaggedAttention
-
-SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
-"""torch.compile's options for products with one row."""
 
 Attention = PagedAttention | MixedAttention | RaggedAttention | PrefillAttention
 
@@ -85,6 +82,11 @@ class FusedProjections:
             **scales,
         )
 
+    def takes_single_row(self) -> bool:
+        """Whether the kernels of `single_row.py` take weights of these sizes, as all released models have them."""
+        inputs = self.qkv.shape[1], self.output.shape[1], self.down.shape[1]
+        return is_silu(self.act) and all(size % GROUP == 0 for size in inputs)
+
 
 def _fuse(parts: Sequence[Tensor]) -> Tensor:
     """Concatenates `parts` along their first dimension and makes them views of the result. A second call returns the
@@ -121,56 +123,18 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
 def run_layer(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:
     """Runs one layer over `hidden` (n, Q, C). `rotary` are the cosine and sine of its positions and `layer_cache` the
     layer's keys and values. Returns (n, Q, C)."""
-    attended = _attend(weights, hidden, attention, rotary, layer_cache)
-    hidden, normed = _add_attended(weights, hidden, attended)
-    up = weights.gate_up, weights.gate_up_scale
-    return gated_mlp(normed, *up, weights.act, weights.down, weights.down_scale, hidden)
-
-
-def _attend(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:
-    """The attention output before its projection, (n, Q, heads x D)."""
     heads, key_heads = weights.heads
     n, queries, _ = hidden.shape
-    qkv = product(rms_norm(hidden, weights.input_norm, weights.eps), weights.qkv, weights.qkv_scale) + weights.qkv_bias
+    normed = rms_norm(hidden, weights.input_norm, weights.eps)
+    qkv = product(normed, weights.qkv, weights.qkv_scale) + weights.qkv_bias
     qkv = qkv.view(n, queries, -1, weights.size).transpose(1, 2)
     query, new_kv = qkv.split([heads, 2 * key_heads], 1)
     query, rotated = apply_rotary_pos_emb(query, new_kv, *rotary)
     is_key = torch.arange(2 * key_heads, device=qkv.device)[:, None, None] < key_heads
     new_kv = rotated.where(is_key, new_kv).unflatten(1, (2, key_heads))
-    output = attention.forward(query, new_kv, layer_cache, weights.size**-0.5)
-    return output.transpose(1, 2).reshape(n, queries, -1)
-
-
-def _add_attended(weights: FusedProjections, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual after attention and its norm, (n, Q, C) each."""
+    attended = attention.forward(query, new_kv, layer_cache, weights.size**-0.5)
+    attended = attended.transpose(1, 2).reshape(n, queries, -1)
     hidden = product(attended, weights.output, weights.output_scale, hidden)
-    return hidden, rms_norm(hidden, weights.post_attention_norm, weights.eps)
-
-
-def _mlp_up(weights: FusedProjections, hidden: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual after attention, (n, Q, C), and the input of the down projection, (n, Q, channels)."""
-    hidden, normed = _add_attended(weights, hidden, attended)
-    return hidden, gated_product(normed, weights.gate_up, weights.gate_up_scale, weights.act)
-
-
-def _mlp_down(weights: FusedProjections, hidden: Tensor, activated: Tensor) -> Tensor:
-    return product(activated, weights.down, weights.down_scale, hidden)
-
-
-def compile_single_row_layer(options: CompileOptions, quantized: bool):
-    """`run_layer` for one row, compiled with `options` of torch.compile beside `SINGLE_ROW_OPTIONS`. With one row the
-    compiler's own product reads bf16 weights faster than cuBLAS does, once tuned. It recomputes a product's input for
-    each output, though, and attention and the long input of the down projection are too expensive for that: so each
-    product starts a part of its own. Products with 8-bit weights are not the compiler's, and the layer is one part,
-    which has three kernels fewer."""
-    options = options | SINGLE_ROW_OPTIONS
-    if quantized:
-        return torch.compile(run_layer, dynamic=False, options=options)
-    attend = torch.compile(_attend, dynamic=False, options=options)
-    mlp_up = torch.compile(_mlp_up, dynamic=False, options=options)
-    mlp_down = torch.compile(_mlp_down, dynamic=False, options=options)
-
-    def layer(weights: FusedProjections, hidden: Tensor, *rest) -> Tensor:
-        return mlp_down(weights, *mlp_up(weights, hidden, attend(weights, hidden, *rest)))
-
-    return layer
+    normed = rms_norm(hidden, weights.post_attention_norm, weights.eps)
+    up = weights.gate_up, weights.gate_up_scale
+    return gated_mlp(normed, *up, weights.act, weights.down, weights.down_scale, hidden)

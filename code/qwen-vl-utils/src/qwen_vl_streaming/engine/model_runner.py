@@ -13,13 +13,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..common.compiling import CompileOptions
 from ..model.prompts import Template
 from ..stream import PENALTY, penalize
-from .decoder_layer import SINGLE_ROW_OPTIONS, Attention, FusedProjections, compile_single_row_layer, run_layer
+from .decoder_layer import Attention, FusedProjections, run_layer
 from .dependent_launch import compile_options
 from .device_event import to_device
 from .kv_cache import PagedKVCache
 
+SINGLE_ROW_OPTIONS: CompileOptions = {"coordinate_descent_tuning": True}
+"""torch.compile's options for a product with one row, which it then reads faster than cuBLAS does."""
 ARGMAX_PARTS = 64
 """Parts in which the largest logit is searched for."""
 
@@ -50,14 +53,13 @@ class ModelRunner:
         self.ended = self._slot_tensor(dtype=torch.bool)
         self.penalized_ids = self._slot_tensor(language.config.vocab_size, dtype=torch.bool)
         """The ids that the repetition penalty weakens, (S, V)."""
-        self._step_layer = self._single_row_layer = run_layer
+        self._step_layer, self._single_row = run_layer, None
         if self.on_cuda:
             # There are more kinds and shapes of steps than the default limits of 8 and 256. Those beyond would run
             # uncompiled, without a warning.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             self._step_layer = self._compile_captured(run_layer)
-            quantized = any(weights.down_scale is not None for weights in self.layers)
-            self._single_row_layer = compile_single_row_layer(compile_options(self.device), quantized)
+            self._single_row = single_row(self.layers, model.dtype, compile_options(self.device))
 
     def _slot_tensor(self, *shape: int, dtype=torch.long) -> Tensor:
         return torch.zeros(len(self.all_slots), *shape, dtype=dtype, device=self.device)
@@ -101,11 +103,20 @@ class ModelRunner:
 
     def _run_layers(self, hidden: Tensor, rotary, attention: Attention, layer) -> Tensor:
         """As `forward`, with the cosine and sine of the positions, and without the final norm."""
-        if layer is self._step_layer and hidden.shape[:2] == (1, 1):
-            layer = self._single_row_layer
+        if layer is self._step_layer and self._single_row is not None and hidden.shape[:2] == (1, 1):
+            return self._single_row.run(hidden, rotary, attention, self.cache.layers)
         for weights, layer_cache in zip(self.layers, self.cache.layers, strict=True):
             hidden = layer(weights, hidden, attention, rotary, layer_cache)
         return hidden
+
+
+def single_row(layers: Sequence[FusedProjections], dtype: torch.dtype, options: CompileOptions):
+    """The `SingleRow` of `layers` on a GPU, or None for a model whose dtype or sizes its kernels do not take."""
+    if dtype != torch.bfloat16 or not all(weights.takes_single_row() for weights in layers):
+        return None
+    from .single_row import SingleRow  # Triton is only installed where PyTorch supports a GPU
+
+    return SingleRow(layers, options)
 
 
 def first_argmax(logits: Tensor) -> Tensor:

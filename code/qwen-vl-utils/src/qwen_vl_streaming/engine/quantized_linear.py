@@ -96,13 +96,6 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, added: Tensor | Non
     return total if added is None else added + total
 
 
-def gated_product(x: Tensor, gate_up: Tensor, scale: Tensor | None, act: nn.Module) -> Tensor:
-    """`act`(gate) * up, (..., C), of `gate_up` (2 C, K) times `x` (..., K), whose outputs are the gates, then the
-    ups."""
-    gate, up = product(x, gate_up, scale).chunk(2, -1)
-    return act(gate) * up
-
-
 def gated_mlp(
     x: Tensor,
     gate_up: Tensor,
@@ -112,13 +105,17 @@ def gated_mlp(
     down_scale: Tensor | None,
     added: Tensor,
 ) -> Tensor:
-    """`added` (..., N) plus `down` (N, C) times the `gated_product`. With few rows and SiLU, one kernel computes the
-    latter, for which it is no more work, in the order that the next one reads."""
-    silu = isinstance(act, nn.SiLU | SiLUActivation)
-    if gate_up_scale is None or not takes_few_rows(x) or down.shape[1] % GROUP or not silu:
-        return product(gated_product(x, gate_up, gate_up_scale, act), down, down_scale, added)
+    """`added` (..., N) plus `down` (N, C) times `act`(gate) * up, where `gate_up` (2 C, K) times `x` (..., K) are the
+    gates, then the ups. With few rows in 8 bits and SiLU, the product also gates, for which it is no more work."""
+    if gate_up_scale is None or not takes_few_rows(x) or down.shape[1] % GROUP or not is_silu(act):
+        gate, up = product(x, gate_up, gate_up_scale).chunk(2, -1)
+        return product(act(gate) * up, down, down_scale, added)
     gated = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), gate_up, gate_up_scale, None, True)
     return few_rows_product(gated, down, down_scale, added.reshape(-1, len(down))).view(added.shape)
+
+
+def is_silu(act: nn.Module) -> bool:
+    return isinstance(act, nn.SiLU | SiLUActivation)
 
 
 def takes_few_rows(x: Tensor) -> bool:
