@@ -7,12 +7,13 @@ import torch
 from qwen_vl_streaming.engine import few_rows_kernel
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections, run_layer
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
+from qwen_vl_streaming.engine.model_runner import single_row as single_row_of
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.model.quantization import quantize
 from tiny import tiny_model
 
 pytest.importorskip("triton")
-from qwen_vl_streaming.engine import single_row
+from qwen_vl_streaming.engine import row_attention, single_row
 from triton.runtime.interpreter import InterpretedFunction
 
 SEED = time.time_ns() % 100_000
@@ -40,10 +41,37 @@ def weights_of(layer, kind: str | None) -> tuple[FusedProjections, FusedProjecti
     return given, plain
 
 
+def test_only_sizes_that_the_kernels_take():
+    layers = {}
+    for name, sizes in {
+        "taken": {},
+        "narrow": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1},
+        "odd heads": {"hidden_size": 384, "num_attention_heads": 8},
+        "odd channels": {"intermediate_size": 192},
+        "another activation": {"hidden_act": "gelu"},
+    }.items():
+        language = tiny_model(**SIZES | sizes).model.language_model
+        layers[name] = [FusedProjections.from_layer(layer) for layer in language.layers]
+    found = {name: single_row_of(given, torch.bfloat16, {}) is not None for name, given in layers.items()}
+    assert found == {name: name == "taken" for name in layers}
+    assert single_row_of(layers["taken"], torch.float16, {}) is None
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
-    for module in (few_rows_kernel, single_row):
-        for name in ("_few_rows", "_rotated", "_sums", "_read", "_value", "_add", "_plus"):
+    for module in (few_rows_kernel, single_row, row_attention):
+        for name in (
+            "_few_rows",
+            "_rotated",
+            "_sums",
+            "_read",
+            "_value",
+            "_add",
+            "_plus",
+            "_larger",
+            "_attend",
+            "_combine",
+        ):
             if hasattr(module, name):
                 kernel = getattr(module, name)
                 function = kernel.fn if hasattr(kernel, "fn") else kernel
@@ -52,9 +80,11 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-@pytest.mark.parametrize("kind,splits", [(None, 1), (None, 3), ("int8", 3), ("fp8", 1)])
+@pytest.mark.parametrize(
+    "kind,splits,window", [(None, 1, False), (None, 3, True), ("int8", 5, False), ("fp8", 1, True)]
+)
 @torch.no_grad()
-def test_one_row_through_all_layers_equals_the_plain_layers(kind, splits, interpreted):
+def test_one_row_through_all_layers_equals_the_plain_layers(kind, splits, window, interpreted):
     """The hidden state, and the keys and values in the cache."""
     print("seed", SEED)
     torch.manual_seed(SEED)
@@ -67,8 +97,17 @@ def test_one_row_through_all_layers_equals_the_plain_layers(kind, splits, interp
     cache.allocate(0, 200, 100)
     cache.store.normal_()
     place = torch.tensor([[2 * BLOCK_SIZE + 7]])  # row 7 of the second block
+    cache.kept_tokens[:, 0] = torch.tensor([9, 3])
     attention = PagedAttention(
-        cache, torch.tensor([0]), place, torch.tensor([[150]]), torch.tensor([[30]]), 2, use_flex=True, splits=splits
+        cache,
+        torch.tensor([0]),
+        place,
+        torch.tensor([[150]]),
+        torch.tensor([[30]]),
+        2,
+        use_flex=True,
+        window_start=torch.tensor([[[70]], [[11]]]) if window else None,
+        splits=splits,
     )
     hidden = torch.randn(1, 1, 128)
     rotary = language.rotary_emb(hidden, torch.randint(0, 5000, (3, 1, 1)))

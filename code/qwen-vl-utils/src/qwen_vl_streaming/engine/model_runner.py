@@ -59,7 +59,8 @@ class ModelRunner:
             # uncompiled, without a warning.
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             self._step_layer = self._compile_captured(run_layer)
-            self._single_row = single_row(self.layers, model.dtype, compile_options(self.device))
+            if self.flex:
+                self._single_row = single_row(self.layers, model.dtype, compile_options(self.device))
 
     def _slot_tensor(self, *shape: int, dtype=torch.long) -> Tensor:
         return torch.zeros(len(self.all_slots), *shape, dtype=dtype, device=self.device)
