@@ -149,7 +149,7 @@ def test_few_rows_read_only_weights_before_they_wait(weights, rows, inputs, depe
     found = assembly(kernel, ["*bf16", *words, "*fp32", *types, "i32"], constants, warps)
     waits = [i for i, access in enumerate(found) if "griddepcontrol" in access]
     assert [found[i] for i in waits] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"] * dependent
-    # A thread reads its inputs as they are used, several at once.
+    # Inputs are not read one by one.
     assert sum("b16" in access for access in found) < 25
     if dependent:
         before, after = found[: waits[0]], found[waits[1] + 1 :]

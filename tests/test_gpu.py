@@ -291,12 +291,11 @@ def test_few_rows_are_gated_as_by_separate_operations(kind, shape):
 
 
 def row_of(kind, dtype, **sizes):
-    """The hidden state after a model's layers for one row among random keys, by `run_layer`, and by the kernels for a
-    single row."""
+    """The hidden state after a model's layers for one row among random keys, by the kernels for a single row, and by
+    `run_layer`; then the keys and values that they write."""
     print("seed", SEED)
-    torch.manual_seed(SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = tiny_model(**sizes).to("cuda", dtype)
+    model = tiny_model(SEED, **sizes).to("cuda", dtype)
     for parameter in model.model.language_model.layers.parameters():
         parameter.normal_(*((0, parameter.shape[1] ** -0.5) if parameter.dim() > 1 else (1, 0.3)))
     if kind is not None:
@@ -307,7 +306,8 @@ def row_of(kind, dtype, **sizes):
     cache.store.normal_()
     runner = Runner(model, 1, cache, 1000)
     attention = runner.decode_attention
-    for tensor, value in ((attention.seen_visual, 6500), (attention.seen_text, 300), (attention.cache_index, 7299)):
+    place = 7299
+    for tensor, value in ((attention.seen_visual, 6500), (attention.seen_text, 300), (attention.cache_index, place)):
         tensor.fill_(value)
     attention.refresh()
     hidden = torch.randn(1, 1, config.hidden_size, device="cuda", dtype=dtype)
@@ -320,7 +320,9 @@ def row_of(kind, dtype, **sizes):
     found = SingleRow(runner.layers, dependent_launch.compile_options(model.device)).run(
         hidden, rotary, attention, cache.layers
     )
-    return (found, expected), (cache.store, written)
+    others = torch.arange(cache.store.shape[2], device="cuda") != place
+    assert torch.equal(cache.store[:, :, others], before[:, :, others])
+    return (found, expected), (cache.store[:, :, place], written[:, :, place])
 
 
 LARGE = {
@@ -380,7 +382,7 @@ def test_batches_with_8_bit_weights_equal_the_reference(kind, name, monkeypatch)
     from qwen_vl_streaming.engine.single_row import SingleRow
 
     # In float32 too, by the kernels for a single row.
-    monkeypatch.setattr(model_runner, "single_row", lambda layers, _, options: SingleRow(layers, options))
+    monkeypatch.setattr(model_runner, "make_single_row", lambda layers, _, options: SingleRow(layers, options))
     assert batched(models[1], variant, jobs, batch_size=1) == expected
 
 

@@ -4,16 +4,15 @@ import time
 
 import pytest
 import torch
-from qwen_vl_streaming.engine import few_rows_kernel
 from qwen_vl_streaming.engine.decoder_layer import FusedProjections, run_layer
 from qwen_vl_streaming.engine.kv_cache import BLOCK_SIZE, PagedKVCache
-from qwen_vl_streaming.engine.model_runner import single_row as single_row_of
+from qwen_vl_streaming.engine.model_runner import make_single_row
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.model.quantization import quantize
 from tiny import tiny_model
 
 pytest.importorskip("triton")
-from qwen_vl_streaming.engine import row_attention, single_row
+from qwen_vl_streaming.engine import few_rows_kernel, row_attention, single_row
 from triton.runtime.interpreter import InterpretedFunction
 
 SEED = time.time_ns() % 100_000
@@ -52,9 +51,9 @@ def test_only_sizes_that_the_kernels_take():
     }.items():
         language = tiny_model(**SIZES | sizes).model.language_model
         layers[name] = [FusedProjections.from_layer(layer) for layer in language.layers]
-    found = {name: single_row_of(given, torch.bfloat16, {}) is not None for name, given in layers.items()}
+    found = {name: make_single_row(given, torch.bfloat16, {}) is not None for name, given in layers.items()}
     assert found == {name: name == "taken" for name in layers}
-    assert single_row_of(layers["taken"], torch.float16, {}) is None
+    assert make_single_row(layers["taken"], torch.float16, {}) is None
 
 
 @pytest.fixture
@@ -87,8 +86,7 @@ def interpreted(monkeypatch):
 def test_one_row_through_all_layers_equals_the_plain_layers(kind, splits, window, interpreted):
     """The hidden state, and the keys and values in the cache."""
     print("seed", SEED)
-    torch.manual_seed(SEED)
-    language = tiny_model(**SIZES).model.language_model
+    language = tiny_model(SEED, **SIZES).model.language_model
     for name, parameter in language.named_parameters():
         if "layernorm" in name:
             parameter.normal_(1, 0.3)

@@ -1,8 +1,8 @@
-"""Triton kernels for products of one row, or a few, with 8-bit or bfloat16 weights. Imported on a GPU only.
+"""Triton kernels for products of one row, or a few, with 8-bit or bfloat16 weights. Needs Triton.
 
-Such a product takes as long as its weights take to be read. Each warp computes OUTPUTS outputs alone: its threads read
-16 bytes at a time, many of them before the first is used, and add up products in registers. With programmatic dependent
-launch, the first weights are read while the kernel that computes the inputs still runs.
+Such a product takes as long as its weights take to be read. A warp, or two, computes a few outputs alone: its threads
+read 16 bytes at a time, many of them before the first is used, and add up products in registers. With programmatic
+dependent launch, the first weights are read while the kernel that computes the inputs still runs.
 
     M rows   N outputs   K inputs   P programs
 """
@@ -222,8 +222,8 @@ def few_rows_product(
 
 
 def choose(chunks: int, quantized: bool, few_programs: bool) -> tuple[int, int, int]:
-    """Outputs of a warp, chunks of an output that are read at once, and warps of a program: the fastest on an H200 for
-    outputs of so many chunks, of programs of which the next kernel reads parts, or not."""
+    """Outputs for each warp of a program, chunks of an output that are read at once, and warps: the fastest on an H200
+    for outputs of so many chunks, of programs of which the next kernel reads parts of a sum, or not."""
     if chunks > 8:
         return (2, 4, 8) if quantized else (4, 2, 8)
     return 2, 8 if quantized else 4, 8 if few_programs else 1

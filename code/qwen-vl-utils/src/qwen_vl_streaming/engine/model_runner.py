@@ -2,7 +2,7 @@
 about plans, requests and when a clip is due.
 
 The next token never leaves the device on its way into the model, so no step waits for the host. On a GPU the layers are
-compiled; on the CPU the same code runs as it is.
+compiled, or run by `single_row.py`; on the CPU the same code runs as it is.
 
     S batch slots   T text rows of a slot   n x Q rows of a step   C hidden size   V vocabulary
 """
@@ -60,7 +60,7 @@ class ModelRunner:
             torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024
             self._step_layer = self._compile_captured(run_layer)
             if self.flex:
-                self._single_row = single_row(self.layers, model.dtype, compile_options(self.device))
+                self._single_row = make_single_row(self.layers, model.dtype, compile_options(self.device))
 
     def _slot_tensor(self, *shape: int, dtype=torch.long) -> Tensor:
         return torch.zeros(len(self.all_slots), *shape, dtype=dtype, device=self.device)
@@ -111,7 +111,7 @@ class ModelRunner:
         return hidden
 
 
-def single_row(layers: Sequence[FusedProjections], dtype: torch.dtype, options: CompileOptions):
+def make_single_row(layers: Sequence[FusedProjections], dtype: torch.dtype, options: CompileOptions):
     """The `SingleRow` of `layers` on a GPU, or None for a model whose dtype or sizes its kernels do not take."""
     if dtype != torch.bfloat16 or not all(weights.takes_single_row() for weights in layers):
         return None

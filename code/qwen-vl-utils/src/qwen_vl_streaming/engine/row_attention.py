@@ -1,5 +1,5 @@
 """The Triton kernels for the attention of one row over the paged KV cache, in place of FlexAttention's, of which two
-take twice as long. Imported on a GPU only.
+take twice as long. Needs Triton.
 
 As in `split_kv.py`, each program attends to the blocks of one split for one key head, and a second kernel combines the
 splits. Both start early: see `dependent_launch.py`.

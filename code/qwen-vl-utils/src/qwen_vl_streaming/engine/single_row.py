@@ -1,5 +1,5 @@
-"""The layers for a step of one row, which take as long as their weights take to be read, in six kernels each. The
-compiler makes eleven, and between two of them the GPU reads nothing. Imported on a GPU only.
+"""Decoder layers for a step of one row, in six kernels each. Such a step takes as long as its weights take to be read.
+The compiler makes eleven kernels of a layer, and between two of them the GPU reads nothing. Needs Triton.
 
 A kernel leaves its outputs as the next one reads them: the product before a norm also multiplies by the norm's weight
 and adds up squares, and the product after it applies their mean; the product of query, key and value rotates queries
@@ -89,10 +89,10 @@ def rotated_query(
     (2, key heads, tokens, D). `rotary` are the cosine and sine of its position, (1, 1, D)."""
     values, programs, arguments, options = prepare(x, weights.qkv, weights.qkv_scale)
     (heads, key_heads), size = weights.heads, weights.size
-    query, turn = values.new_empty(1, heads, 1, size), [part.contiguous() for part in rotary]
+    query = values.new_empty(1, heads, 1, size)
     with torch.cuda.device_of(values):
         _rotated[(programs,)](
-            *(*arguments, weights.qkv_bias, *turn, place, query, cache, *cache.stride()[:2], len(weights.qkv)),
+            *(*arguments, weights.qkv_bias, *rotary, place, query, cache, *cache.stride()[:2], len(weights.qkv)),
             HALF=size // 2,
             HEADS=heads,
             KEY_HEADS=key_heads,
@@ -116,7 +116,8 @@ class SingleRow:
     def run(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], attention: Any, caches: Sequence[Tensor]) -> Tensor:
         """As `decoder_layer.run_layer` in turn, for `hidden` (1, 1, C)."""
         part = attention.parts[0] if isinstance(attention, MixedAttention) else attention
-        row, eps = hidden[0], self.layers[0].eps
+        row, eps, (cosine, sine) = hidden[0], self.layers[0].eps, rotary
+        rotary = cosine.contiguous(), sine.contiguous()
         x = Scaled(*self._scaled(row, self.layers[0].input_norm), eps)
         norms = [*(weights.input_norm for weights in self.layers[1:]), None]
         for weights, cache, norm in zip(self.layers, caches, norms, strict=True):
