@@ -84,7 +84,7 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
     models = load_catalog(settings)
     (served,), (spec, *_) = models.values(), place(models, settings)
     pool = make_pool(load_on(spec.path, spec.device, spec.dtype), spec, 1)
-    frames = torch.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()])
+    frames = torch.from_numpy(np.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()]))
     pixels = [clip.to(spec.dtype) for clip in clip_pixels(served.processor, frames)[0]]
     if pool.runner.on_cuda:  # as the server, which copies clips into pinned memory outside the model's loop
         pixels = [clip.pin_memory() for clip in pixels]
