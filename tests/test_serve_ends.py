@@ -21,11 +21,13 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
+from qwen_vl_streaming.model.frame_patches import split_frames
 from qwen_vl_streaming.model.loading import load_model
-from qwen_vl_streaming.model.prompts import clip_pixels, load_processor, split_frames
+from qwen_vl_streaming.model.prompts import clip_pixels, load_processor
 from qwen_vl_streaming.replay import replay
 from qwen_vl_streaming.serve import cli, process_handle, workers
 from qwen_vl_streaming.serve.admission import Admission, Ticket
@@ -149,7 +151,7 @@ def test_a_killed_model_starts_again_and_then_sigterm(command, checkpoint):
         if name == "second":
             frame = gather(other)["session.updated"][0]["session"]["frame"]
             picture = decode_picture(picture_bytes(), "jpeg", 10**6, (frame["height"], frame["width"]))
-            clip = clip_pixels(load_processor(checkpoint), torch.stack([picture] * 2))[0][0]
+            clip = clip_pixels(load_processor(checkpoint), torch.from_numpy(np.stack([picture] * 2)))[0][0]
             model = load_model(str(checkpoint), "sdpa", torch.float32).eval()
             assert all(each.tie for each in replay(record, model, [clip] * len(record.hashes)))
 
@@ -219,8 +221,10 @@ def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
     reader = pickle.loads(ForkingPickler.dumps(writer))
     writer.handed_over()
     clips = [torch.rand(2, 6) + number for number in range(3)]
-    numbers = [writer.write(split_frames(clip))[0] for clip in clips[:2]]
-    late = threading.Thread(target=lambda write=writer.write: numbers.append(write(split_frames(clips[2]))[0]))
+    numbers = [writer.write(split_frames(clip, torch.bfloat16))[0] for clip in clips[:2]]
+    late = threading.Thread(
+        target=lambda write=writer.write: numbers.append(write(split_frames(clips[2], torch.bfloat16))[0])
+    )
     late.start()
     late.join(0.1)
     assert late.is_alive()
@@ -236,7 +240,7 @@ def test_clips_cross_in_a_few_buffers_of_memory_that_has_no_name():
     reader.free.close()
     with pytest.raises(EOFError):
         for _ in range(3):
-            writer.write(split_frames(clips[0]))
+            writer.write(split_frames(clips[0], torch.bfloat16))
     del reader, writer, late
     gc.collect()
     assert Path("/proc/self/maps").read_text().count("memfd:clips") <= before

@@ -122,10 +122,41 @@ def test_a_connection_that_is_closed_while_it_sends_is_no_error(caplog):
     process = SimpleNamespace(kill=lambda: killed.append(True))
     handle = ProcessHandle("group", SimpleNamespace(closed=True, send=send), None, process)
     handle.end()
-    hashing = threading.Thread(target=handle._send_hashes)
-    hashing.start()
-    handle._sender(handle._send_all, hashing)
+    handle.hashing.start()
+    handle._sender(handle._send_all)
     assert not killed and not caplog.records
+
+
+def test_a_clip_is_sent_at_once_unless_it_would_wait_or_overtake():
+    ours, theirs = multiprocessing.Pipe()
+    pixels = SimpleNamespace(any_free=True, write=lambda halves: (halves[0], (1, 1)))
+    handle = ProcessHandle("group", ours, pixels, None)
+    clips = [SimpleNamespace(halves=[number], hash=f"{number}") for number in range(5)]
+    handle.hashing.start()
+
+    def send(number: int) -> bool:
+        """Whether it is sent at once: no other thread sends clips yet."""
+        waiting = handle.outbox.qsize()
+        handle.send_clip("key", clips[number], number)
+        return handle.outbox.qsize() == waiting
+
+    assert send(0)
+    with handle.sending_clip:
+        assert not send(1)
+    assert not send(2)  # one waits
+    sender = threading.Thread(target=handle._sender, args=(handle._send_all,), daemon=True)
+    sender.start()
+    handle.outbox.join()
+    pixels.any_free = False
+    handle.send_clip("key", clips[3], 3)
+    handle.outbox.join()
+    pixels.any_free = True
+    handle.send_clip("key", clips[4], 4)
+    handle.end()
+    sender.join(SECONDS)
+    said = [*iter(theirs.recv, None)]
+    assert [each[2] for each in said if each[0] == "clip"] == [*range(5)]
+    assert [each[1] for each in said if each[0] == "hash"] == [f"{number}" for number in range(5)]
 
 
 def test_a_model_reads_nothing_after_the_end():

@@ -38,7 +38,7 @@ from qwen_vl_streaming.serve.options import parse as parse_serve
 from qwen_vl_streaming.sessions import Session
 from qwen_vl_streaming.timeline.variants import VARIANTS
 from serving_clients import Talk
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 
 WIDTH, HEIGHT = 364, 196
 """Of the frames: 91 visual tokens a clip, as in the other benchmarks."""
@@ -84,7 +84,7 @@ def engine_alone(flags: list[str], rows: list[Row], results) -> None:
     models = load_catalog(settings)
     (served,), (spec, *_) = models.values(), place(models, settings)
     pool = make_pool(load_on(spec.path, spec.device, spec.dtype), spec, 1)
-    frames = torch.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()])
+    frames = torch.from_numpy(np.stack([decode_picture(data, "jpeg", 10**7, (HEIGHT, WIDTH)) for data in pictures()]))
     pixels = [clip.to(spec.dtype) for clip in clip_pixels(served.processor, frames)[0]]
     if pool.runner.on_cuda:  # as the server, which copies clips into pinned memory outside the model's loop
         pixels = [clip.pin_memory() for clip in pixels]
@@ -159,13 +159,24 @@ def pictures() -> list[bytes]:
     return found
 
 
+class Timed(ClientConnection):
+    """Notes when bytes arrive: reading a message out of them is the client's own work."""
+
+    at = 0.0
+
+    def data_received(self, data: bytes) -> None:
+        self.at = time.monotonic()
+        super().data_received(data)
+
+
 async def camera(address: str, records: Path, row: Row, began: float, start: float) -> dict:
     """One viewer: 2 frames a second. Returns the lag of each measured clip, and the server's share of the age of each
     token that saw no later one."""
     data, begun, sent, ended, tokens = pictures(), {}, {}, {}, []
     begin, clips = began + start, row.clips(start)
     await asyncio.sleep(max(0.0, begin - CONNECT_SECONDS - time.monotonic()))
-    async with Talk(connect(address, compression=None, max_queue=None, open_timeout=60)) as viewer:
+    options = {"compression": None, "max_queue": None, "open_timeout": 60, "create_connection": Timed}
+    async with Talk(connect(address, **options)) as viewer:
         await viewer.begin(WIDTH, HEIGHT, schedule=f"wait-{row.k}")
         await viewer.until("session.updated")
 
@@ -182,7 +193,7 @@ async def camera(address: str, records: Path, row: Row, began: float, start: flo
 
         sender = asyncio.create_task(send())
         while True:
-            text, at = await viewer.socket.recv(), time.monotonic()
+            text, at = await viewer.socket.recv(), viewer.socket.at  # or that of a later message, never before
             if (message := json.loads(text))["type"] == "response.done":
                 break
             if message.get("token_ids"):

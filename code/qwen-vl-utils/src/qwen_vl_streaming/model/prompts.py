@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoProcessor
@@ -250,38 +249,3 @@ def clip_pixels(processor, frames: Tensor) -> tuple[Tensor, tuple[int, int]]:
     clips, height, width = inputs["video_grid_thw"][0].tolist()
     merge = video_processor.merge_size
     return inputs["pixel_values_videos"].view(clips, height * width, -1), (height // merge, width // merge)
-
-
-def frame_patches(processor, frame: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One frame's half of a clip, for frames that arrive one by one: `join_frames` of two has exactly the values that
-    `clip_pixels` gives their clip.
-
-    `frame` (3, height, width) is uint8 and already resized. Returns (patches, 3, pixels of a patch), rounded to `dtype`
-    if that is not float32.
-    """
-    video = processor.video_processor
-    pixels = video.rescale_and_normalize(
-        frame[None],
-        video.do_rescale,
-        video.rescale_factor,
-        video.do_normalize,
-        tuple(video.image_mean),
-        tuple(video.image_std),
-    )
-    side, merge = video.patch_size, video.merge_size
-    rows, columns = (length // (side * merge) for length in frame.shape[1:])
-    # A patch's row moves as one item, which is faster than pixel by pixel.
-    items = pixels[0].to(dtype).contiguous().view(torch.uint8).numpy().view(f"V{side * dtype.itemsize}")
-    blocks = items.reshape(len(frame), rows, merge, side, columns, merge).transpose(1, 4, 2, 5, 0, 3)
-    moved = torch.from_numpy(np.ascontiguousarray(blocks).reshape(-1).view(np.uint8))
-    return moved.view(dtype).view(-1, len(frame), side * side)
-
-
-def join_frames(halves: Sequence[Tensor]) -> Tensor:
-    """The clip, (patches, pixels of a patch), of the `frame_patches` of its two frames."""
-    return torch.stack([*halves], 2).flatten(1)
-
-
-def split_frames(clip: Tensor) -> list[Tensor]:
-    """Views of the two halves of a clip, from which `join_frames` makes it."""
-    return [*clip.view(len(clip), 3, 2, -1).unbind(2)]

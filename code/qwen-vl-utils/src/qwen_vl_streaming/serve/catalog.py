@@ -66,9 +66,8 @@ class ServedModel:
 
     @functools.cached_property
     def decode(self):
-        return functools.partial(
-            self.processor.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        """Token ids to text, without special tokens: what the tokenizer's own `decode` calls after some checks."""
+        return self.processor.tokenizer.backend_tokenizer.decode
 
     def template(self, question: str) -> Template:
         return make_template(self.processor, question, self.end_of_slot)

@@ -1,12 +1,13 @@
 """Makes clips of the frames that a client sends: checks what is announced, and decodes and prepares in threads."""
 
-import functools
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..common.numbers import is_number
-from ..model.prompts import frame_patches, join_frames
+from ..model.frame_patches import join_frames
 from .connection import Refused
 from .frames import FORMATS, BadFrame, BuiltClip, ClipBuilder, Picture, PreparedClip, decode_picture
 from .options import Limits
@@ -45,7 +46,9 @@ class ClientFrames:
 
         def take() -> None:
             frame = decode_picture(data, form, self.server.settings.limits.pixels, self.size)
-            patches = frame_patches(self.server.processor, frame, self.server.settings.dtype)
+            patches = self.server.patches(frame)
+            if not self.builder.waiting:  # the first of a clip: now is the time to bring it in order
+                patches = np.ascontiguousarray(patches)
             self._feed(self.builder.add(Picture(frame, moment, patches), missed), feed)
 
         await self.server.in_thread(take)
@@ -58,8 +61,10 @@ class ClientFrames:
     def _feed(self, clips: list[BuiltClip], feed: Feed) -> None:
         for clip in clips:
             self.keep(clip)
-            pixels = functools.partial(self._pixels, clip)
-            feed(PreparedClip([picture.patches for picture in clip.pictures], pixels), clip)
+            feed(
+                PreparedClip([picture.patches for picture in clip.pictures], lambda clip=clip: self._pixels(clip)), clip
+            )
 
     def _pixels(self, clip: BuiltClip) -> Tensor:
-        return join_frames([frame_patches(self.server.processor, picture.frame) for picture in clip.pictures])
+        halves = [self.server.exact_patches(picture.frame) for picture in clip.pictures]
+        return torch.from_numpy(join_frames(halves)).view(torch.float32)

@@ -31,8 +31,20 @@ MOST_SCANS = 20
 MOST_PARTS = 50
 """Segments before a JPEG's first scan, and chunks of a PNG beside its pixels: Pillow reads them all, in Python."""
 MOST_PIXEL_CHUNKS = 10_000
-METADATA = [bytes([0xFF, kind]) for kind in (*range(0xE1, 0xEE), 0xEF, 0xFE)]
-"""Markers of application segments and comments, except JFIF's and Adobe's, which say what the colours mean."""
+METADATA, TABLES, FRAME = (
+    {bytes([0xFF, kind]) for kind in kinds}
+    for kinds in (
+        (*range(0xE1, 0xEE), 0xEF, 0xFE),
+        (0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE),
+        (0xC0, 0xC1, 0xC2, 0xC9, 0xCA),
+    )
+)
+"""Markers of a JPEG's segments: application data and comments; what is needed to decode, JFIF's and Adobe's included,
+which say what the colours mean; and the one that has the size. Others are refused: some have no length."""
+MODES = {1: ("L", "L"), 3: ("RGB", "RGB"), 4: ("CMYK", "CMYK;I")}
+"""Pillow's modes of a picture and of its JPEG, by the number of channels."""
+Header = tuple[tuple[int, int], Callable[[], Image.Image]]
+"""Width and height of a picture, and what decodes it."""
 MOST_TAGS = 100
 """EXIF tags that are read; orientation is among the first."""
 TURNS = dict(enumerate((
@@ -56,56 +68,73 @@ class BadFrame(ValueError):
         self.code = code
 
 
-def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, int]) -> Tensor:
+def decode_picture(data: bytes, form: str, most_pixels: int, size: tuple[int, int]) -> np.ndarray:
     """Decode a JPEG or PNG to (3, *size) uint8, a JPEG upright as its EXIF says. The header is checked before any pixel
     is decoded. Raises BadFrame."""
-    turn = None
-    if form == "jpeg":
-        data, turn = without_metadata(data)
-    if not data or (form == "png" and not png_has_few_parts(data)):
+    found = jpeg_header(data) if form == "jpeg" else png_header(data)
+    if found is None:
         raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture, or has too many parts")
-    try:
-        picture = Image.open(io.BytesIO(data), formats=(form,))
-    except Exception as error:  # Pillow raises many types for damaged files
-        raise BadFrame("not_an_image", f"the frame is not a {form.upper()} picture") from error
-    width, height = picture.size
+    (width, height), decode = found
     if width * height > most_pixels or not width * height:
         raise BadFrame("frame_too_large", f"a frame of {width} x {height} pixels: at most {most_pixels} are allowed")
     if form == "jpeg" and data.count(b"\xff\xda") > MOST_SCANS:
         raise BadFrame("not_an_image", f"a JPEG of more than {MOST_SCANS} scans is not decoded")
-    if picture.mode.startswith("I"):  # Pillow would show all bright parts as white
-        raise BadFrame("not_an_image", "a PNG of 16 bits without colour is not decoded: send 8 bits")
     try:
+        picture = decode()
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-        picture = picture if turn is None else picture.transpose(turn)
         if picture.size == size[::-1]:
-            bands = bytearray().join([picture.tobytes("raw", band) for band in "RGB"])
-            return torch.frombuffer(bands, dtype=torch.uint8).view(3, *size)
+            return np.frombuffer(b"".join([picture.tobytes("raw", band) for band in "RGB"]), np.uint8).reshape(3, *size)
         image = np.array(picture)
-    except Exception as error:
+    except Exception as error:  # Pillow raises many types for damaged files
         raise BadFrame("not_an_image", f"the {form.upper()} frame is incomplete or damaged") from error
-    return resize_frame(image, size)
+    return resize_frame(image, size).numpy()
 
 
-def without_metadata(data: bytes) -> tuple[bytes, Image.Transpose | None]:
-    """The JPEG in `data` without EXIF, profiles and comments, which Pillow would parse in Python, and how to turn
-    it upright. Empty if `data` is not a JPEG whose first scan follows after at most MOST_PARTS segments."""
-    position, kept, turn = 2, [data[:2]], None
+def jpeg_header(data: bytes) -> Header | None:
+    """None if `data` is not a JPEG whose first scan follows after at most MOST_PARTS segments, all of which are known.
+    `Image.open` would read them in Python, EXIF, profiles and comments included, which takes as long as decoding a
+    small picture after a pause. libjpeg reads the size from the same segment: there is exactly one that has it."""
+    position, kept, turn, frame = 2, [data[:2]], None, b""
     for _ in range(MOST_PARTS):
         marker, size = data[position : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == b"\xff\xda":
-            return (b"".join([*kept, data[position:]]) if data.startswith(b"\xff\xd8") else b""), turn
-        if marker[:1] != b"\xff" or (size < 2 and marker != b"\xff\xff"):
             break
-        if marker != b"\xff\xff":  # a segment, and no byte of padding
-            segment, position = data[position : position + 2 + size], position + 2 + size
-            if marker not in METADATA:
-                kept.append(segment)
-            elif turn is None:
-                turn = orientation(segment[4:])
-        else:
+        if marker == b"\xff\xff":  # padding
             position += 1
-    return b"", None
+            continue
+        segment, position = data[position : position + 2 + size], position + 2 + size
+        if size < 2 or not (marker in METADATA or marker in TABLES or (marker in FRAME and not frame)):
+            return None
+        if marker not in METADATA:
+            kept.append(segment)
+            frame = segment if marker in FRAME else frame
+        elif turn is None:
+            turn = orientation(segment[4:])
+    else:
+        return None
+    if not data.startswith(b"\xff\xd8") or len(frame) < 10 or frame[4] != 8 or frame[9] not in MODES:
+        return None
+    mode, raw = MODES[frame[9]]
+    height, width = struct.unpack(">HH", frame[5:9])
+
+    def decode() -> Image.Image:
+        picture = Image.frombytes(mode, (width, height), b"".join([*kept, data[position:]]), "jpeg", raw, "")
+        return picture if turn is None else picture.transpose(turn)
+
+    return (width, height), decode
+
+
+def png_header(data: bytes) -> Header | None:
+    """None if `data` is not a PNG of few parts. Raises BadFrame."""
+    if not png_has_few_parts(data):
+        return None
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("png",))
+    except Exception:  # Pillow raises many types for damaged files
+        return None
+    if picture.mode.startswith("I"):  # Pillow would show all bright parts as white
+        raise BadFrame("not_an_image", "a PNG of 16 bits without colour is not decoded: send 8 bits")
+    return picture.size, lambda: picture
 
 
 def orientation(exif: bytes) -> Image.Transpose | None:
@@ -147,12 +176,12 @@ def encode_picture(frame: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Picture:
-    frame: Tensor
+    frame: np.ndarray
     """(3, H, W) uint8."""
     time: float
     """When it was captured, by the client's clock."""
-    patches: Tensor
-    """`frame_patches` of the frame in the models' dtype, made before the clip is complete."""
+    patches: np.ndarray
+    """Its half of a clip in the models' dtype, made before the clip is complete."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +199,15 @@ class BuiltClip:
     @property
     def frames(self) -> Tensor:
         """(2, 3, H, W) uint8."""
-        return torch.stack([picture.frame for picture in self.pictures])
+        return torch.from_numpy(np.stack([picture.frame for picture in self.pictures]))
 
 
 class PreparedClip:
     """A clip on its way to the models."""
 
-    def __init__(self, halves: Sequence[Tensor], pixels: Callable[[], Tensor]):
-        """`halves` are the `frame_patches` of its frames, in the models' dtype or in float32. `pixels` makes the clip,
-        (patches, pixels of a patch) in float32."""
+    def __init__(self, halves: Sequence[np.ndarray], pixels: Callable[[], Tensor]):
+        """`halves` are those of its frames in the models' dtype, for `join_frames`. `pixels` makes the clip, (patches,
+        pixels of a patch) in float32."""
         self.halves, self._pixels = halves, pixels
         self._hash: str | None = None
         self._lock = threading.Lock()

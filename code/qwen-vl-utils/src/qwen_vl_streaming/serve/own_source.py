@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..common.errors import InputError
 from ..live.intake import Intake
-from ..model.prompts import split_frames
+from ..model.frame_patches import split_frames
 from ..video.opening import open_source
 from ..video.sources import Clip
 from .catalog import FPS, ServedModel
@@ -50,10 +52,11 @@ class OwnSource:
         name: str,
         address: str,
         model: ServedModel,
+        dtype: torch.dtype,
         most: int | None,
         notify: Callable[[Opened | ShownClip | Exception | None], None],
     ):
-        self.name, self.address, self.model, self.most = name, address, model, most
+        self.name, self.address, self.model, self.dtype, self.most = name, address, model, dtype, most
         self.notify, self.loop = notify, asyncio.get_running_loop()
         self.go, self.stopped = threading.Event(), False
         self.intake: Intake | None = None
@@ -113,5 +116,5 @@ class OwnSource:
             self.keep(clip)
         pictures = [encode_picture(frame) for frame in clip.frames]
         times = [round(float(time), 3) for time in clip.timestamps]
-        prepared = PreparedClip(split_frames(pixels), lambda: pixels)
+        prepared = PreparedClip(split_frames(pixels, self.dtype), lambda: pixels)
         self._notify(ShownClip(prepared, pictures, times, clip.completed, clip.last))

@@ -33,10 +33,12 @@ class ProcessHandle:
     def __init__(self, name: str, connection, pixels: PixelBuffers, process: SpawnProcess | None):
         """`connection`: this end of a pipe, whose other end the process has."""
         self.name, self.connection, self.pixels, self.process = name, connection, pixels, process
-        self.outbox: queue.SimpleQueue[tuple | None] = queue.SimpleQueue()
+        self.outbox: queue.Queue[tuple | None] = queue.Queue()
         self.unhashed: queue.Queue[PreparedClip | None] = queue.Queue(UNHASHED)
         """Clips that were sent."""
-        self.sending = threading.Lock()
+        self.hashing = threading.Thread(target=self._sender, args=(self._send_hashes,), daemon=True)
+        self.sending, self.sending_clip = threading.Lock(), threading.Lock()
+        """Held while a message is written to the pipe; from a clip's pixels to its place in `unhashed`."""
 
     @classmethod
     def start(cls, spec: ModelSpec) -> "ProcessHandle":
@@ -73,15 +75,24 @@ class ProcessHandle:
         """Send a message, in another thread."""
         self.outbox.put(message)
 
+    def send_clip(self, *clip) -> None:
+        """Send a clip in this thread, whose processor has its pixels at hand; as `send` if it would have to wait."""
+        if not self.outbox.unfinished_tasks and self.sending_clip.acquire(blocking=False):
+            try:
+                if self.pixels.any_free and not self.unhashed.full():
+                    return self._sender(self._send_clip, *clip)
+            finally:
+                self.sending_clip.release()
+        self.send("clip", *clip)
+
     def end(self) -> None:
         """Let the process end its sessions with their records, and then itself."""
         self.outbox.put(None)
 
     def messages(self) -> Iterator[tuple]:
         """What the process says, until it has ended or hangs. From now on, messages are sent to it."""
-        hashing = threading.Thread(target=self._sender, args=(self._send_hashes,), daemon=True)
-        hashing.start()
-        threading.Thread(target=self._sender, args=(self._send_all, hashing), daemon=True).start()
+        self.hashing.start()
+        threading.Thread(target=self._sender, args=(self._send_all,), daemon=True).start()
         arrived = select.poll()
         arrived.register(self.connection, select.POLLIN)
         silent = 0
@@ -99,25 +110,29 @@ class ProcessHandle:
                 yield message
         logger.error("model %s has said nothing for %d s: its process hangs and is killed", self.name, SILENT_SECONDS)
 
-    def _send_all(self, hashing: threading.Thread) -> None:
+    def _send_all(self) -> None:
         """Send what is in the outbox until None, the pixels of clips through shared memory."""
         try:
             while (message := self.outbox.get()) is not None:
                 if message[0] == "clip":
-                    kind, key, clip, *rest = message
-                    number, shape = self.pixels.write(clip.halves)
-                    self._send(kind, key, number, shape, *rest)
-                    self._queue_hash(clip, hashing)
+                    with self.sending_clip:
+                        self._send_clip(*message[1:])
                 else:
                     self._send(*message)
+                self.outbox.task_done()
         finally:
-            self._queue_hash(None, hashing)
-        hashing.join()
+            self._queue_hash(None)
+        self.hashing.join()
         self.connection.send(None)
 
-    def _queue_hash(self, clip: PreparedClip | None, hashing: threading.Thread) -> None:
-        """Put `clip` in the queue, once there is room, for the thread `hashing` if that still runs."""
-        while hashing.is_alive():
+    def _send_clip(self, key: str, clip: PreparedClip, *what) -> None:
+        number, shape = self.pixels.write(clip.halves)
+        self._send("clip", key, number, shape, *what)
+        self._queue_hash(clip)
+
+    def _queue_hash(self, clip: PreparedClip | None) -> None:
+        """Put `clip` in the queue, once there is room, if its thread still runs."""
+        while self.hashing.is_alive():
             with contextlib.suppress(queue.Full):
                 return self.unhashed.put(clip, timeout=1)
 

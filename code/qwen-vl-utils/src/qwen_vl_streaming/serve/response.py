@@ -1,5 +1,6 @@
 """One answer of one model to one viewer: from the worker's events to the protocol's messages and the figures."""
 
+import functools
 import secrets
 import statistics
 from collections import deque
@@ -55,12 +56,14 @@ class Response:
         """Clips whose slot has not begun."""
         return max(0, self.sent_clips - self.slots)
 
-    def feed(self, clip: PreparedClip, completed: float, last: bool) -> None:
+    def feed(self, clip: PreparedClip, completed: float, last: bool, at_once: bool) -> None:
+        """`at_once`: in this thread, if that needs no wait."""
         if self.over or (self.most is not None and self.sent_clips >= self.most):
             return
         self.sent_clips += 1
         last = last or self.sent_clips == self.most
-        self.worker.send("clip", self.id, clip, completed, last)
+        send = self.worker.send_clip if at_once else functools.partial(self.worker.send, "clip")
+        send(self.id, clip, completed, last)
 
     def end(self) -> None:
         """The source has ended without a clip that was announced as the last."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..model.frame_patches import FramePatches
 from ..model.prompts import QUESTIONS
 from ..sessions.session_pool import blocks_needed
 from .admission import Admission
@@ -28,7 +29,9 @@ class Server:
     def __init__(self, settings: Settings, models: dict[str, ServedModel], workers: Sequence[Worker]):
         self.settings, self.models, self.workers = settings, models, workers
         self.admission, self.metrics = Admission(workers, settings.queue), Metrics()
-        self.processor = next(iter(models.values())).processor
+        processor = next(iter(models.values())).processor
+        self.patches, self.exact_patches = FramePatches(processor, settings.dtype), FramePatches(processor)
+        """Of the frames that models get, and of those whose hash records have."""
         self.executor = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "frames")
         self.reading: list[OwnSource] = []
         """Sources of the server's own that are open, for one viewer each."""
@@ -103,7 +106,7 @@ class Server:
         self.reading = [source for source in self.reading if source.thread.is_alive()]
         if len(self.reading) >= settings.sessions * len(self.workers) + settings.queue:
             raise Refused("queue_full", "too many viewers watch sources of the server: try again later")
-        source = OwnSource(name, settings.sources[name], model, settings.most_clips, notify)
+        source = OwnSource(name, settings.sources[name], model, settings.dtype, settings.most_clips, notify)
         self.reading.append(source)
         return source
 

@@ -107,7 +107,7 @@ class ViewerSession:
                 last = what.last and number == len(what.pictures)
                 shown = {"time": moment, "bytes": len(picture), **({"last": True} if last else {})}
                 self.connection.send("output_video_frame", droppable=not last, binary=picture, **shown)
-            self._feed(what.clip, what.completed, what.times[-1], what.last)
+            self._feed(what.clip, what.completed, what.times[-1], what.last, in_loop=True)
         else:
             if what is not None:
                 self.connection.error("source_failed", str(what))
@@ -211,14 +211,16 @@ class ViewerSession:
                 logger.error("%s", error)
                 self.recorder = None
 
-    def _feed(self, clip: PreparedClip, completed: float, moment: float | None, last: bool) -> None:
+    def _feed(
+        self, clip: PreparedClip, completed: float, moment: float | None, last: bool, in_loop: bool = False
+    ) -> None:
         """Hand a clip to the models; a client's in the thread that has prepared it, without a wait for the loop."""
         self.clips.append((completed, moment))
         self.progress = time.monotonic()
         if last:
             self.ended = True
         for response in self.responses.values():
-            response.feed(clip, completed, last)
+            response.feed(clip, completed, last, at_once=not in_loop)
             if response.waiting > self.server.settings.limits.clips_waiting:
                 response.cancel("too_slow")
 

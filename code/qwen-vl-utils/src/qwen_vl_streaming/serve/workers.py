@@ -102,6 +102,10 @@ class Worker:
         """Send a message, in another thread."""
         self.process.send(*message)
 
+    def send_clip(self, *clip) -> None:
+        """Send a clip, in this thread if that needs no wait."""
+        self.process.send_clip(*clip)
+
     def close(self) -> None:
         """End the process. Its sessions end with their records."""
         self.closing = True
