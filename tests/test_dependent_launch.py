@@ -181,21 +181,3 @@ def test_only_hopper_launches_early(hopper, monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", built)
         other = torch.device(device if device == "cpu" else f"cuda:{number}")  # answers are kept
         assert dependent_launch.launch_options(other) == dependent_launch.compile_options(other) == {}
-
-
-@pytest.mark.parametrize("kernel", ["_attend", "_combine"])
-@pytest.mark.parametrize("windowed", [False, True])
-def test_attention_of_a_row_waits_first(kernel, windowed):
-    pytest.importorskip("triton")
-    from qwen_vl_streaming.engine import row_attention
-
-    common = {"SIZE": 128, "DEPENDENT": True}
-    if kernel == "_combine":
-        types, constants = ["*fp32", "*fp32", "*bf16"], {"SPLITS": 33, "POWER": 64}
-    else:
-        types = ["*bf16", "*bf16", "i64", "i64", "*i32", "*i32", *["*i64"] * 4, "*i64" if windowed else None]
-        types += ["*i64", "i32", "*fp32", "*fp32"]
-        constants = {"SCALE": 0.1, "WIDTH": 3, "GROUPS": 7, "ROWS": 16, "BLOCK": 128, "TEXT": 1 << 30}
-    found = assembly(getattr(row_attention, kernel), types, constants | common, 4)
-    assert found[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
-    assert not any("griddepcontrol" in access for access in found[2:]) and len(found) > 4

@@ -102,7 +102,7 @@ def test_splits_combine_to_the_whole():
     scores = query @ keys.transpose(-1, -2)
     parts = [scores.masked_fill(split != number, float("-inf")) for number in range(4)]  # the fourth has no keys
     mixed = torch.stack([part.softmax(-1).nan_to_num() @ values for part in parts], 1).flatten(0, 1)
-    lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)
+    lse = torch.stack([part.logsumexp(-1) for part in parts], 1).flatten(0, 1)[..., None].expand(mixed.shape)
     assert torch.allclose(combine_splits(mixed, lse, 4), scores.softmax(-1) @ values, atol=1e-5)
     assert not combine_splits(mixed, torch.full_like(lse, float("-inf")), 4).any()
 

@@ -12,7 +12,7 @@ from qwen_vl_streaming.model.quantization import quantize
 from tiny import tiny_model
 
 pytest.importorskip("triton")
-from qwen_vl_streaming.engine import few_rows_kernel, row_attention, single_row
+from qwen_vl_streaming.engine import few_rows_kernel, single_row
 from triton.runtime.interpreter import InterpretedFunction
 
 SEED = time.time_ns() % 100_000
@@ -45,7 +45,6 @@ def test_only_sizes_that_the_kernels_take():
     for name, sizes in {
         "taken": {},
         "narrow": {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1},
-        "odd heads": {"hidden_size": 384, "num_attention_heads": 8},
         "odd channels": {"intermediate_size": 192},
         "another activation": {"hidden_act": "gelu"},
     }.items():
@@ -58,7 +57,7 @@ def test_only_sizes_that_the_kernels_take():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    for module in (few_rows_kernel, single_row, row_attention):
+    for module in (few_rows_kernel, single_row):
         for name in (
             "_few_rows",
             "_rotated",

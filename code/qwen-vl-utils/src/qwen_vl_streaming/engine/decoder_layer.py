@@ -85,8 +85,7 @@ class FusedProjections:
     def takes_single_row(self) -> bool:
         """Whether the kernels of `single_row.py` take weights of these sizes, as all released models have them."""
         inputs = self.qkv.shape[1], self.output.shape[1], self.down.shape[1]
-        power = self.size >= 16 and self.size & (self.size - 1) == 0
-        return is_silu(self.act) and power and all(size % GROUP == 0 for size in inputs)
+        return is_silu(self.act) and all(size % GROUP == 0 for size in inputs)
 
 
 def _fuse(parts: Sequence[Tensor]) -> Tensor:

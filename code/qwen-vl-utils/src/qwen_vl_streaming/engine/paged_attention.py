@@ -12,7 +12,14 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from ..common.compiling import not_compiled
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
-from .split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, list_blocks, num_decode_splits, num_splits
+from .split_kv import (
+    CHUNK_KERNEL_OPTIONS,
+    combine_splits,
+    flex_splits,
+    list_blocks,
+    num_decode_splits,
+    num_splits,
+)
 
 
 @dataclass
@@ -161,11 +168,17 @@ class PagedAttention:
                 query, *keys_values, attn_mask=self.dense_mask, scale=scale, enable_gqa=True
             )
         n, heads, queries, size = query.shape
+        output = combine_splits(*self.attend_splits(query, layer_cache, scale), self.splits)
+        return output.view(n, heads // self.groups, queries, self.groups, size).transpose(2, 3).reshape(query.shape)
+
+    def attend_splits(self, query: Tensor, layer_cache: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """FlexAttention of `query` (n, heads, Q, D), as `flex_splits`: the output over each split of the keys, and its
+        log-sum-exp, (n x splits, key heads, Q x groups, D) each."""
+        n, heads, queries, size = query.shape
         folded = query.reshape(n, heads // self.groups, self.groups, queries, size).transpose(2, 3).flatten(2, 3)
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.kernel_options}
         keys, values = layer_cache[:, None]
-        output = flex_split_kv(folded, keys, values, self.splits, **options)
-        return output.view(n, heads // self.groups, queries, self.groups, size).transpose(2, 3).reshape(query.shape)
+        return flex_splits(folded, keys, values, self.splits, **options)
 
 
 def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kernel_options: dict) -> dict:

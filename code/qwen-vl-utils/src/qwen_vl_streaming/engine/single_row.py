@@ -23,9 +23,9 @@ from torch import Tensor
 from ..common.compiling import CompileOptions
 from .decoder_layer import FusedProjections
 from .few_rows_kernel import Scaled, _sums, few_rows_product, prepare
-from .paged_attention import MixedAttention
+from .paged_attention import MixedAttention, PagedAttention
 from .quantized_linear import interleave
-from .row_attention import attend_row
+from .split_kv import combine_splits
 
 
 @triton.jit
@@ -101,6 +101,14 @@ def rotated_query(
     return query
 
 
+def attend(attention: PagedAttention, query: Tensor, cache: Tensor) -> Tensor:
+    """The attention output (1, heads x D), interleaved, of a `query` (1, heads, 1, D)."""
+    output, lse = attention.attend_splits(query, cache, query.shape[-1] ** -0.5)
+    # Before the splits are combined, so that one kernel does both.
+    lse = None if lse is None else interleave(lse.flatten(1))
+    return combine_splits(interleave(output.flatten(1)), lse, attention.splits)
+
+
 def scaled(hidden: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """The values and the squares of `hidden` (1, C), as in `Scaled`."""
     return interleave(hidden * norm), hidden.float().pow(2).sum(-1, keepdim=True)
@@ -111,6 +119,7 @@ class SingleRow:
 
     def __init__(self, layers: Sequence[FusedProjections], options: CompileOptions):
         self.layers = layers
+        self._attend = torch.compile(attend, dynamic=False, options=options)
         self._scaled = torch.compile(scaled, dynamic=False, options=options)
 
     def run(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], attention: Any, caches: Sequence[Tensor]) -> Tensor:
@@ -122,7 +131,7 @@ class SingleRow:
         norms = [*(weights.input_norm for weights in self.layers[1:]), None]
         for weights, cache, norm in zip(self.layers, caches, norms, strict=True):
             query = rotated_query(weights, x, rotary, part.cache_index, cache)
-            attended = attend_row(part, query, cache)
+            attended = self._attend(part, query, cache)
             row, x = few_rows_product(
                 attended, weights.output, weights.output_scale, row, norm=weights.post_attention_norm, eps=eps
             )

@@ -41,23 +41,30 @@ def list_blocks(flags: Tensor, blocks: Tensor, splits: int) -> tuple[Tensor, Ten
 def flex_split_kv(query: Tensor, keys: Tensor, values: Tensor, splits: int, **options) -> Tensor:
     """FlexAttention for `query` (n, heads, Q, D) with a block mask of n x `splits` lists of blocks, and `options` of
     `flex_attention`."""
+    return combine_splits(*flex_splits(query, keys, values, splits, **options), splits)
+
+
+def flex_splits(query: Tensor, keys: Tensor, values: Tensor, splits: int, **options) -> tuple[Tensor, Tensor | None]:
+    """As `flex_split_kv` without combining: the output (n x splits, heads, Q, D) over each split, and its log-sum-exp
+    in the same shape, or None for one split."""
     options["kernel_options"] = fit_options(options.get("kernel_options"), query.dtype)
     if splits == 1:
-        return flex_attention(query, keys, values, **options)
+        return flex_attention(query, keys, values, **options), None
     # FlexAttention's decoding kernel takes one slot's queries for all splits. The other one would order its output so.
     one_slot = len(query) == 1 and query.shape[2] < BLOCK_SIZE
     repeated = query.expand(splits, -1, -1, -1) if one_slot else query.repeat_interleave(splits, 0)
     output, aux = flex_attention(repeated, keys, values, **options, return_aux=AuxRequest(lse=True))
     lse: Tensor = aux.lse  # pyright: ignore[reportAssignmentType]  # requested, so not None
-    return combine_splits(output, lse, splits)
+    return output, lse[..., None].expand(output.shape)
 
 
-def combine_splits(output: Tensor, lse: Tensor, splits: int) -> Tensor:
-    """Attention over all keys, from the `output` (n x splits, …, D) over each split and its log-sum-exp (n x splits,
-    …), which is -inf for a split without keys. The compiler makes one kernel of it: all steps have the shape of the
-    output, and the sum is the last."""
+def combine_splits(output: Tensor, lse: Tensor | None, splits: int) -> Tensor:
+    """Attention over all keys, from the `output` (n x splits, …) over each split and its log-sum-exp in the same shape,
+    which is -inf for a split without keys. The compiler makes one kernel of it: all steps have this shape, and the sum
+    is the last."""
+    if lse is None:
+        return output
     output, lse = output.unflatten(0, (-1, splits)), lse.unflatten(0, (-1, splits))
-    lse = lse[..., None].expand(output.shape)
     weight = (lse - lse.amax(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).min)).exp()
     weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(lse.dtype).tiny)
     return (output.float() * weight).sum(1).to(output.dtype)
