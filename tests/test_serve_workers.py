@@ -159,6 +159,34 @@ def test_a_clip_is_sent_at_once_unless_it_would_wait_or_overtake():
     assert [each[1] for each in said if each[0] == "hash"] == [f"{number}" for number in range(5)]
 
 
+def test_the_end_waits_for_the_hash_of_a_clip_that_another_thread_is_sending():
+    """Without it, the record of its session would have no hashes."""
+    ours, theirs = multiprocessing.Pipe()
+    writing, go_on = threading.Event(), threading.Event()
+
+    def write(halves):
+        writing.set()
+        assert go_on.wait(SECONDS)
+        return 0, (1, 1)
+
+    handle = ProcessHandle("group", ours, SimpleNamespace(any_free=True, write=write), None)
+    clip = SimpleNamespace(halves=[0], hash="0")
+    sends = threading.Thread(target=handle.send_clip, args=("key", clip), daemon=True)
+    sends.start()
+    assert writing.wait(SECONDS)
+    handle.hashing.start()
+    ends = threading.Thread(target=handle._sender, args=(handle._send_all,), daemon=True)
+    handle.end()
+    ends.start()
+    ends.join(0.2)
+    assert ends.is_alive()
+    go_on.set()
+    ends.join(SECONDS)
+    assert [each[0] for each in iter(theirs.recv, None)] == ["clip", "hash"]
+    handle.send_clip("key", clip)
+    assert handle.outbox.qsize() == 1  # no longer sent
+
+
 def test_a_model_reads_nothing_after_the_end():
     """When its pipe is closed, another may be given the number of its file."""
     ours, theirs = multiprocessing.Pipe()

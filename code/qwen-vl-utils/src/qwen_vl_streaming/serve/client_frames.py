@@ -1,5 +1,6 @@
 """Makes clips of the frames that a client sends: checks what is announced, and decodes and prepares in threads."""
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -61,9 +62,8 @@ class ClientFrames:
     def _feed(self, clips: list[BuiltClip], feed: Feed) -> None:
         for clip in clips:
             self.keep(clip)
-            feed(
-                PreparedClip([picture.patches for picture in clip.pictures], lambda clip=clip: self._pixels(clip)), clip
-            )
+            halves = [picture.patches for picture in clip.pictures]
+            feed(PreparedClip(halves, functools.partial(self._pixels, clip)), clip)
 
     def _pixels(self, clip: BuiltClip) -> Tensor:
         halves = [self.server.exact_patches(picture.frame) for picture in clip.pictures]

@@ -29,7 +29,7 @@ JUMP_SECONDS = 5.0
 MOST_SCANS = 20
 """Scans of a JPEG. Cameras and browsers write 1, progressive files about 10; each takes time to decode."""
 MOST_PARTS = 50
-"""Segments before a JPEG's first scan, and chunks of a PNG beside its pixels: Pillow reads them all, in Python."""
+"""Segments before a JPEG's first scan, and chunks of a PNG beside its pixels: all are read in Python."""
 MOST_PIXEL_CHUNKS = 10_000
 METADATA, TABLES, FRAME = (
     {bytes([0xFF, kind]) for kind in kinds}
@@ -116,6 +116,8 @@ def jpeg_header(data: bytes) -> Header | None:
         return None
     mode, raw = MODES[frame[9]]
     height, width = struct.unpack(">HH", frame[5:9])
+    if not width * height:  # the height may follow the first scan, which Pillow cannot decode
+        return None
 
     def decode() -> Image.Image:
         picture = Image.frombytes(mode, (width, height), b"".join([*kept, data[position:]]), "jpeg", raw, "")

@@ -78,7 +78,7 @@ class PixelBuffers:
         """Copy a clip of `shape` out of its buffer, into `pinned` memory if a GPU is to read it."""
         clip = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
         copied = clip.view(torch.uint8).numpy().reshape(-1)
-        copied[:] = self.memory[number, : copied.size]  # in this thread alone, and without a wait for others
+        copied[:] = self.memory[number, : copied.size]  # in this thread alone
         return clip
 
     def release(self, number: int) -> None:

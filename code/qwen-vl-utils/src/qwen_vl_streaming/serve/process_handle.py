@@ -76,10 +76,11 @@ class ProcessHandle:
         self.outbox.put(message)
 
     def send_clip(self, *clip) -> None:
-        """Send a clip in this thread, whose processor has its pixels at hand; as `send` if it would have to wait."""
-        if not self.outbox.unfinished_tasks and self.sending_clip.acquire(blocking=False):
+        """Send a clip in this thread, whose processor has its pixels at hand; as `send` if that would have to wait for
+        other messages, a buffer or hashes."""
+        if self.sending_clip.acquire(blocking=False):
             try:
-                if self.pixels.any_free and not self.unhashed.full():
+                if not self.outbox.unfinished_tasks and self.pixels.any_free and not self.unhashed.full():
                     return self._sender(self._send_clip, *clip)
             finally:
                 self.sending_clip.release()
@@ -121,7 +122,8 @@ class ProcessHandle:
                     self._send(*message)
                 self.outbox.task_done()
         finally:
-            self._queue_hash(None)
+            with self.sending_clip:  # after the hash of a clip that another thread is sending
+                self._queue_hash(None)
         self.hashing.join()
         self.connection.send(None)
 
