@@ -337,7 +337,7 @@ LARGE = {
 def test_the_kernels_for_a_single_row_equal_the_layers_of_many_rows(kind):
     for found, expected in row_of(kind, torch.bfloat16, **FLEX | LARGE):
         assert (found.float() - expected.float()).norm() < 2e-2 * expected.float().norm()
-    if kind is not None:  # in float32, too, of which the kernels take everything but weights
+    if kind is not None:  # rows may be in float32, too; weights may not
         for found, expected in row_of(kind, torch.float32, **FLEX | LARGE):
             assert (found - expected).norm() < 1e-4 * expected.norm()
 

@@ -4,7 +4,7 @@ Such a product takes as long as its weights take to be read. A warp, or two, com
 read 16 bytes at a time, many of them before the first is used, and add up products in registers. With programmatic
 dependent launch, the first weights are read while the kernel that computes the inputs still runs.
 
-    M rows   N outputs   K inputs   P programs
+    M rows   N outputs   K inputs
 """
 
 # Triton's declarations do not fit kernels and how they are launched.
@@ -22,7 +22,7 @@ from torch import Tensor
 from .dependent_launch import launch_options
 
 WORDS = 128
-"""Words of four weights in a chunk of one output."""
+"""Words of four weights in a chunk of one output, at most."""
 
 
 class Scaled(NamedTuple):
@@ -94,7 +94,7 @@ def _sums(
     EPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """For each of M rows the outputs `row`, in float32. Waits for the kernel before."""
+    """For each of M rows the outputs `row`, those `inside`, in float32. Waits for the kernel before."""
     chunks: tl.constexpr = K // 4 // WORDS
     full: tl.constexpr = chunks // COUNT
     rest: tl.constexpr = chunks % COUNT

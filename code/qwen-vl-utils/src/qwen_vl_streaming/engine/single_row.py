@@ -2,8 +2,8 @@
 The compiler makes eleven kernels of a layer, and between two of them the GPU reads nothing. Needs Triton.
 
 A kernel leaves its outputs as the next one reads them: the product before a norm also multiplies by the norm's weight
-and adds up squares, and the product after it applies their mean; the product of query, key and value rotates queries
-and keys, and writes the cache. `tests/test_gpu.py` compares the result with `decoder_layer.run_layer`.
+and adds up squares, and the product after it divides by their root mean; the product of query, key and value rotates
+queries and keys, and writes the cache. `tests/test_gpu.py` compares the result with `decoder_layer.run_layer`.
 
     C hidden size   D head size   N outputs of a product
 """
@@ -67,17 +67,17 @@ def _rotated(
     first, second = tl.split(tl.reshape(total.to(kind).to(tl.float32), (OUTPUTS // 2, 2)))
     pair = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
     head, d, inside = pair // HALF, pair % HALF, pair < N // 2
-    turned = inside & (head < HEADS + KEY_HEADS)  # values are not
-    cos0 = tl.load(cosine + d, mask=turned, other=1.0).to(tl.float32)
-    cos1 = tl.load(cosine + d + HALF, mask=turned, other=1.0).to(tl.float32)
-    sin0 = tl.load(sine + d, mask=turned, other=0.0).to(tl.float32)
-    sin1 = tl.load(sine + d + HALF, mask=turned, other=0.0).to(tl.float32)
+    rotary = inside & (head < HEADS + KEY_HEADS)  # values are not rotated
+    cos0 = tl.load(cosine + d, mask=rotary, other=1.0).to(tl.float32)
+    cos1 = tl.load(cosine + d + HALF, mask=rotary, other=1.0).to(tl.float32)
+    sin0 = tl.load(sine + d, mask=rotary, other=0.0).to(tl.float32)
+    sin1 = tl.load(sine + d + HALF, mask=rotary, other=0.0).to(tl.float32)
     low, high = (first * cos0 - second * sin0).to(kind), (second * cos1 + first * sin1).to(kind)
     target = query + head * (2 * HALF) + d
     tl.store(target, low, mask=head < HEADS)
     tl.store(target + HALF, high, mask=head < HEADS)
-    kept = (head - HEADS).to(tl.int64)
-    target = cache + kept // KEY_HEADS * stride + kept % KEY_HEADS * head_stride + tl.load(place) * (2 * HALF) + d
+    kv_head = (head - HEADS).to(tl.int64)  # of the keys, then of the values
+    target = cache + kv_head // KEY_HEADS * stride + kv_head % KEY_HEADS * head_stride + tl.load(place) * (2 * HALF) + d
     tl.store(target, low, mask=inside & (head >= HEADS))
     tl.store(target + HALF, high, mask=inside & (head >= HEADS))
 
