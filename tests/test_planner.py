@@ -37,7 +37,7 @@ from qwenvl.planner.host import available_memory, limits
 from qwenvl.planner.lengths import assumed_lengths, find_lengths
 from qwenvl.planner.memory import estimate, saved_per_token
 from qwenvl.planner.nodes import agree
-from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples
+from qwenvl.planner.plan import EQUAL, PAPER_SAMPLES, Given, choose, command_line, evaluate, plans, step_samples, worth
 from qwenvl.planner.request import PLANNED, Request
 from qwenvl.planner.settings import Settings, configurations
 from qwenvl.planner.shape import find_shape
@@ -92,6 +92,21 @@ def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, r
     )
 
 
+LONG = replace(LENGTHS, tokens=(7_428,), visual=80 * 91, answer=312)
+
+
+@pytest.mark.parametrize("size, how, zero, recomputed, gib, tokens", [
+    ("7B", "LoRA", "zero3_offload.json", 14, 21.9, 6_526),
+    ("3B", "full", "zero3_offload.json", 24, 12.7, 6_514),
+    ("3B", "LoRA", "zero1.json", 33, 14.0, 13_278),
+])  # fmt: skip
+def test_predictions_for_small_gpus(shapes, size, how, zero, recomputed, gib, tokens):
+    """Measured with videos of 80 s, and four samples a step. One interval between steps was timed."""
+    settings, gpus = Settings(ZERO[zero], 1, 7552, 4, recomputed, True), parse_gpus("H200")
+    assert estimate(shapes[size, how], settings, LONG, 1).peak / GIB == pytest.approx(gib, rel=0.10)
+    assert predict(shapes[size, how], settings, LONG, gpus).tokens == pytest.approx(tokens, rel=0.25)
+
+
 @pytest.mark.parametrize("size", ["3B", "7B"])
 def test_flops_are_those_of_the_benchmark(shapes, size, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "code/benchmarks")
@@ -134,7 +149,7 @@ def test_every_machine_has_a_plan_that_fits(shapes, size, how):
             assert plan.fits and plan.needed <= gpus.memory, machine_name
             assert settings.samples * settings.accumulation == PAPER_SAMPLES
             assert not settings.pack_tokens or settings.pack_tokens >= lengths.longest
-            assert all(other.speed.tokens * EQUAL <= plan.speed.tokens for other in plans(
+            assert all(worth(other) * EQUAL <= worth(plan) for other in plans(
                 shape, lengths, gpus, Given()) if other.fits)  # fmt: skip
 
 
@@ -166,8 +181,8 @@ def test_more_memory_is_never_slower(shapes, size, how):
             except InputError:
                 assert not before, "more memory is refused where less was not"
                 continue
-            assert plan.speed.tokens >= EQUAL * before
-            before = max(before, plan.speed.tokens)
+            assert worth(plan) >= EQUAL * before
+            before = max(before, worth(plan))
 
 
 @pytest.mark.parametrize("size, kib", [("3B", 34.8), ("7B", 60.5)])
@@ -229,6 +244,7 @@ def given_by(words: str, monkeypatch, checkpoint="none") -> Request:
     ("4xH200", "--deepspeed nothing.json", ["nothing.json"]),
     ("4xH200", "--pack_tokens many", ["invalid int value: 'many'"]),
     ("4xH200", "--variant batch --attention flash_attention_2 --pack_tokens 6144", ["packed"]),
+    ("4xH200", "--variant batch --attention flash_attention_2 --compile_layers True", ["take minutes to compile"]),
     ("RTX4080", "--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --max_steps 1 --gradient_accumulation_steps 1 "
      "--deepspeed zero2.json --lora_enable True --lora_r 512", ["needs", "the nearest that fits"]),
 ])  # fmt: skip

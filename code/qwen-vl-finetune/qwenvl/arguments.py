@@ -109,6 +109,11 @@ class ModelArguments:
                 f"--attention {self.attention} does not support the streaming mask of {self.variant}: "
                 "use auto, flex_attention or sdpa"
             )
+        if self.compile_layers and "flash" in self.attention:
+            raise InputError(
+                f"--compile_layers True: layers with --attention {self.attention} take minutes to compile, each anew: "
+                "omit one of them"
+            )
         for name, default in defaults(self).items():
             value = getattr(self, name)
             if name.startswith("lora_") and value != default and not self.lora_enable:

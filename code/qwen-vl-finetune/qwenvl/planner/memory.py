@@ -62,7 +62,8 @@ def estimate(shape: Shape, settings: Settings, lengths: Lengths, processes: int)
     }
     if zero.stage == 3:
         common["weights"] = 0.0 if zero.offloads_weights else weights / shards
-        common["gathered weights"] = 2.0 * wide * min(shape.total, c.LIVE_PARAMETERS)
+        gathered = c.GATHERED if settings.compiled else c.LIVE_PARAMETERS
+        common["gathered weights"] = 2.0 * wide * min(shape.total, gathered)
 
     bucket = shape.hidden**2 if zero.bucket is None else zero.bucket
     reduced = gradients / shards

@@ -20,6 +20,8 @@ from .speed import Speed, predict
 
 EQUAL = 0.985
 """Predicted speeds this close count as equal; the one with less memory is taken."""
+HOST_SHARE = 0.7
+"""Offload, whose speed depends on a host that is not known, counts as this much of what is predicted for it."""
 ERROR = 0.10
 """A prediction may be off by this much: settings given by the user are refused only beyond it."""
 BATCH = ("samples", "accumulation")
@@ -42,8 +44,8 @@ class Given:
     checkpointed: int | None = None
     """Layers, from --checkpoint_layers."""
     compiled: bool | None = None
-    can_pack: bool = True
-    """Whether the attention that was asked for supports packed rows."""
+    flexible: bool = True
+    """Whether the attention that was asked for takes packed rows and compiled layers, as all but flash-attn's."""
     bf16: bool = True
     states: float = ADAM
     """Bytes of the optimizer's states per trained parameter."""
@@ -90,7 +92,7 @@ def step_samples(given: Given) -> int:
 def check_given(given: Given, shape: Shape) -> None:
     """Raises InputError for flags that contradict each other."""
     check_checkpoint_layers(given.checkpointed, given.checkpointing is not False, shape.layers)
-    if given.pack_tokens and not given.can_pack:
+    if given.pack_tokens and not given.flexible:
         raise InputError(f"--pack_tokens {given.pack_tokens}: the attention does not support packed samples: omit it")
 
 
@@ -105,6 +107,8 @@ def candidates(shape: Shape, lengths: Lengths, given: Given) -> Iterator[Setting
         batches = [size for size in range(1, total + 1) if total % size == 0]
     for zero in [given.zero] if given.zero else configurations():
         for compiled in (True, False) if given.compiled is None else (given.compiled,):
+            if compiled and not given.flexible:
+                continue
             for samples in batches:
                 for pack in _rows(lengths, given, samples, compiled):
                     yield Settings(zero, samples, pack, total // samples, 0, compiled, given.bf16, given.states)
@@ -121,7 +125,7 @@ def _rows(lengths: Lengths, given: Given, samples: int, compiled: bool) -> Itera
         ):
             yield given.pack_tokens
         return
-    row = lengths.row(samples) if given.can_pack else 0
+    row = lengths.row(samples) if given.flexible else 0
     if row and (samples > 1 or compiled) and (samples == 1 or row <= c.MOST_ROW or given.samples is not None):
         yield row
     if not row or (samples == 1 and not (compiled and lengths.alike)):
@@ -162,13 +166,18 @@ def plans(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float 
         yield predicted(layers[first])
 
 
+def worth(plan: Plan) -> float:
+    """Predicted tokens/s, less where they depend on the host."""
+    return plan.speed.tokens * (HOST_SHARE if plan.settings.zero.offload else 1.0)
+
+
 def fastest(found: list[Plan]) -> Plan | None:
     """The fastest plan that fits; among those of about the same speed the one that needs the least memory."""
     fitting = [plan for plan in found if plan.fits]
     if not fitting:
         return None
-    best = max(plan.speed.tokens for plan in fitting)
-    return min((plan for plan in fitting if plan.speed.tokens >= EQUAL * best), key=lambda plan: plan.needed)
+    best = max(worth(plan) for plan in fitting)
+    return min((plan for plan in fitting if worth(plan) >= EQUAL * best), key=lambda plan: plan.needed)
 
 
 def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float = math.inf) -> Plan:
@@ -194,7 +203,7 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
         omit = "" if name in BATCH else f"omit {given.flags[name]}; "  # omitting only one would change the step
         changed = command_line(plan.settings.flags(shape.layers))
         raise InputError(f"{given.describe()} {need}: {omit}the nearest that fits is {changed}{OWN_RISK}")
-    free = Given(can_pack=given.can_pack, bf16=given.bf16, states=given.states, step=step_samples(given))
+    free = Given(flexible=given.flexible, bf16=given.bf16, states=given.states, step=step_samples(given))
     if given.flags and (plan := fastest(list(plans(shape, lengths, gpus, free, host)))):
         changed = command_line(plan.settings.flags(shape.layers))
         raise InputError(f"{given.describe()} {need}: the nearest that fits is {changed}{OWN_RISK}")

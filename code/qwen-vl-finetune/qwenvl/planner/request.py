@@ -132,7 +132,7 @@ class Request:
         optimizer = self.given.get("optim", SftArguments.__dataclass_fields__["optim"].default)
         return Given(
             **values,
-            can_pack="flash" not in self.model.attention,
+            flexible="flash" not in self.model.attention,
             bf16=self.given.get("bf16", True),
             states=state_bytes(getattr(optimizer, "value", optimizer), self.given.get("optim_args") or ""),
             flags=names,

@@ -78,12 +78,12 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus) -> S
     link = min(gpus.link, c.NETWORK) if gpus.nodes > 1 else gpus.link
     weights, gradients = 2.0 * shape.total * others, 2.0 * n * others
     if three:
-        passes = 2 + (settings.checkpointed > 0)
+        passes = 2 + share  # layers that are recomputed are gathered once more
         sent = settings.accumulation * (passes * weights + gradients)
         each = max(gpu, host, (passes * weights + gradients) / link)
         each += passes / 2 * shape.layers * c.SHARD_SECONDS
-        if zero.offload:
-            each += (passes * 2.0 * shape.total + 2.0 * n) / processes / c.HOST_LINK
+        if zero.offload:  # beside the computation
+            each = max(each, (passes * 2.0 * shape.total + 2.0 * n) / processes / gpus.host_link)
         end = 0.0
     elif zero.stage == 2:
         sent = (settings.accumulation + 1) * gradients
