@@ -10,8 +10,8 @@ from qwen_vl_streaming.common.errors import InputError, first_line
 from .constants import GIB, MATRIX_SHARE
 
 HOST_PCIE_5, HOST_PCIE_4 = 40e9, 20e9
-"""Bytes/s of `Card.host_link`. PCIe 5: a pass of 7B with adapters over 7,430 tokens takes 1.14 s on an H200, and fetches
-the weights 2.5 times. PCIe 4 was not measured."""
+"""Bytes/s of `Card.host_link`. PCIe 5: a pass of 7B with adapters over 7,430 tokens takes 1.14 s on an H200, where
+weights are fetched 2.5 times. PCIe 4 was not measured."""
 
 
 @dataclass(frozen=True)
