@@ -92,19 +92,19 @@ def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, r
     )
 
 
-LONG = replace(LENGTHS, tokens=(7_428,), visual=80 * 91, answer=312)
+LONG = replace(LENGTHS, tokens=(7_519,), visual=81 * 91)
 
 
-@pytest.mark.parametrize("size, how, zero, recomputed, gib, tokens", [
-    ("7B", "LoRA", "zero3_offload.json", 14, 21.9, 6_526),
-    ("3B", "full", "zero3_offload.json", 24, 12.7, 6_514),
-    ("3B", "LoRA", "zero1.json", 33, 14.0, 13_278),
+@pytest.mark.parametrize("size, how, zero, recomputed, gib, tokens, error", [
+    ("7B", "LoRA", "zero3_offload.json", 14, 21.9, 6_526, 0.10),
+    ("3B", "full", "zero3_offload.json", 24, 12.7, 6_514, 0.10),
+    ("3B", "LoRA", "zero1.json", 33, 14.0, 13_278, 0.25),
 ])  # fmt: skip
-def test_predictions_for_small_gpus(shapes, size, how, zero, recomputed, gib, tokens):
+def test_predictions_for_small_gpus(shapes, size, how, zero, recomputed, gib, tokens, error):
     """Measured with videos of 80 s, and four samples a step. One interval between steps was timed."""
     settings, gpus = Settings(ZERO[zero], 1, 7552, 4, recomputed, True), parse_gpus("H200")
     assert estimate(shapes[size, how], settings, LONG, 1).peak / GIB == pytest.approx(gib, rel=0.10)
-    assert predict(shapes[size, how], settings, LONG, gpus).tokens == pytest.approx(tokens, rel=0.25)
+    assert predict(shapes[size, how], settings, LONG, gpus).tokens == pytest.approx(tokens, rel=error)
 
 
 @pytest.mark.parametrize("size", ["3B", "7B"])
@@ -140,7 +140,7 @@ MACHINES = [
 @pytest.mark.parametrize("how", ["full", "LoRA"])
 @pytest.mark.parametrize("size", ["3B", "7B"])
 def test_every_machine_has_a_plan_that_fits(shapes, size, how):
-    """The optimizer's step stays the paper's, and nothing slower is planned than what also fits."""
+    """The optimizer's step stays the paper's, and nothing is planned that is worth less than what also fits."""
     for machine_name in MACHINES:
         gpus, shape = parse_gpus(machine_name), shapes[size, how]
         for lengths in (LENGTHS, MIXED):
@@ -163,6 +163,7 @@ def test_every_machine_has_a_plan_that_fits(shapes, size, how):
     ("3B", "LoRA", "RTX4080", (1, 2), False, None),
     ("7B", "LoRA", "L4", (1, 2), False, True),
     ("7B", "LoRA", "H100-80GB", (1, 2), False, False),
+    ("7B", "LoRA", "RTX4080", (3,), True, True),
 ])  # fmt: skip
 def test_what_is_chosen(shapes, size, how, machine_name, stages, offload, recomputes):
     settings = choose(shapes[size, how], LENGTHS, parse_gpus(machine_name), Given()).settings
@@ -171,8 +172,20 @@ def test_what_is_chosen(shapes, size, how, machine_name, stages, offload, recomp
     assert settings.compiled
 
 
+def test_flash_attention_trains_without_packing_and_compilation(shapes, tmp_path, monkeypatch):
+    """Also a run that an earlier version has planned and finished."""
+    words = f"--variant batch --attention flash_attention_2 --output_dir {tmp_path}"
+    arguments = {"arguments": {"compile_layers": True}, "finished": "now"}
+    (tmp_path / "run.json").write_text(json.dumps(arguments))
+    request = given_by(words, monkeypatch)
+    assert request.resumed()["compile_layers"] is False
+    assert given_by(words.replace("flash_attention_2", "auto"), monkeypatch).resumed()["compile_layers"] is True
+    settings = choose(shapes["3B", "full"], LENGTHS, parse_gpus("H200"), request.choices()).settings
+    assert not settings.compiled and not settings.pack_tokens
+
+
 @pytest.mark.parametrize("size, how", [("3B", "full"), ("7B", "full"), ("7B", "LoRA")])
-def test_more_memory_is_never_slower(shapes, size, how):
+def test_more_memory_is_never_worth_less(shapes, size, how):
     for count in (1, 2, 8):
         gpus, before = parse_gpus(f"{count}xH100"), 0.0
         for gib in range(16, 192, 8):
@@ -244,7 +257,7 @@ def given_by(words: str, monkeypatch, checkpoint="none") -> Request:
     ("4xH200", "--deepspeed nothing.json", ["nothing.json"]),
     ("4xH200", "--pack_tokens many", ["invalid int value: 'many'"]),
     ("4xH200", "--variant batch --attention flash_attention_2 --pack_tokens 6144", ["packed"]),
-    ("4xH200", "--variant batch --attention flash_attention_2 --compile_layers True", ["take minutes to compile"]),
+    ("4xH200", "--variant batch --attention flash_attention_2 --compile_layers True", ["does not work with"]),
     ("RTX4080", "--model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --max_steps 1 --gradient_accumulation_steps 1 "
      "--deepspeed zero2.json --lora_enable True --lora_r 512", ["needs", "the nearest that fits"]),
 ])  # fmt: skip
@@ -423,7 +436,7 @@ def test_memory_too_small_for_anything(shapes):
 @pytest.mark.parametrize("name, card", [
     ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GH200 480GB", "GH200"), ("NVIDIA GeForce RTX 4090", "RTX4090"),
     ("NVIDIA L40S", "L40S"), ("NVIDIA L4", "L4"), ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A10G", "A10"),
-    ("NVIDIA RTX 6000 Ada Generation", "6000Ada"), ("Tesla V100-SXM2-32GB", None),
+    ("NVIDIA RTX 6000 Ada Generation", "RTX6000Ada"), ("Tesla V100-SXM2-32GB", None),
 ])  # fmt: skip
 def test_cards_by_the_drivers_name(name, card):
     assert getattr(find_card(name), "name", None) == card
@@ -444,6 +457,8 @@ def test_gpus_that_others_use(monkeypatch, shapes):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2 * GIB, 22 * GIB))
     with pytest.raises(InputError, match=r"L4, 2.0 GiB free: .*other processes use 20.0 GiB of one: end them"):
         choose(shapes["3B", "full"], LENGTHS, machine.gpus_here(1), Given())
+    assert (here := machine.gpus_here(1)).host_link == parse_gpus("L4").host_link == parse_gpus("H200").host_link / 2
+    assert (here.rate, here.link, here.nodes) == (parse_gpus("L4").rate, parse_gpus("L4").link, 1)
 
 
 def test_gpus_that_differ_are_refused(monkeypatch):

@@ -111,7 +111,7 @@ class ModelArguments:
             )
         if self.compile_layers and "flash" in self.attention:
             raise InputError(
-                f"--compile_layers True: layers with --attention {self.attention} take minutes to compile, each anew: "
+                f"--compile_layers True does not work with --attention {self.attention} (no step within 200 s): "
                 "omit one of them"
             )
         for name, default in defaults(self).items():

@@ -34,10 +34,11 @@ TOWER_SAVED_HIDDEN, TOWER_SAVED_MLP = 16.0, 4.0
 MASK_BYTES = 3
 """Bytes for each pair of tokens while FlexAttention's block mask is created. Counted on a CPU."""
 GATHERED = 300_000_000
-"""Gathered parameters that ZeRO-3 holds besides the largest, where layers are compiled and so gathered whole: those it
-fetches ahead (stage3_prefetch_bucket_size). 3B and 7B under offload: 12.7 and 21.9 GiB."""
+"""Gathered parameters that ZeRO-3 holds besides the largest: those it fetches ahead (stage3_prefetch_bucket_size). 3B
+and 7B with compiled layers under offload: 12.7 and 21.9 GiB."""
 LIVE_PARAMETERS = 1_000_000_000
-"""The same where each linear layer is gathered: those that it may keep (stage3_max_live_parameters)."""
+"""Parameters that ZeRO-3 may keep (stage3_max_live_parameters): an upper bound for those gathered without compilation,
+which was measured before whole layers were gathered, and for float32 gradients."""
 CONTEXT = int(0.6 * GIB)
 """CUDA context, cuBLAS workspaces and kernels of a process, outside PyTorch's allocator."""
 NCCL = int(1.0 * GIB)
@@ -91,6 +92,6 @@ states: gradients are flattened, checked, scaled and copied. 3B: a step of ZeRO-
 one."""
 HOST_ADAM = 1.5e9
 """Parameters per second and machine that Adam updates on the host. 3B in full on one H200, four samples of 7,430 tokens
-take 4.56 s a step, of which this is 2.1."""
+take 4.56 s a step, in keeping with 2.1 for this."""
 NETWORK = 20e9
 """Bytes/s of each GPU between nodes that the plan assumes (200 Gbit/s)."""

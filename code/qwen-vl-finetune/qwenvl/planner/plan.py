@@ -172,7 +172,7 @@ def worth(plan: Plan) -> float:
 
 
 def fastest(found: list[Plan]) -> Plan | None:
-    """The fastest plan that fits; among those of about the same speed the one that needs the least memory."""
+    """The plan that fits and is worth most; of those worth about as much, the one that needs the least memory."""
     fitting = [plan for plan in found if plan.fits]
     if not fitting:
         return None
@@ -199,7 +199,7 @@ def choose(shape: Shape, lengths: Lengths, gpus: Gpus, given: Given, host: float
         if (plan := fastest(list(plans(shape, lengths, gpus, _freed(given, name), host))))
     ]
     if near:
-        name, plan = max(near, key=lambda pair: pair[1].speed.tokens)
+        name, plan = max(near, key=lambda pair: worth(pair[1]))
         omit = "" if name in BATCH else f"omit {given.flags[name]}; "  # omitting only one would change the step
         changed = command_line(plan.settings.flags(shape.layers))
         raise InputError(f"{given.describe()} {need}: {omit}the nearest that fits is {changed}{OWN_RISK}")

@@ -101,6 +101,8 @@ class Request:
             for name in PLANNED
             if name != "deepspeed" and arguments.get(name) is not None and name not in self.given
         }
+        if "flash" in self.model.attention and "compile_layers" in flags:
+            flags["compile_layers"] = False  # runs of earlier versions say True
         if any(name in self.given for name in (*CHECKPOINTING, "checkpoint_layers")):
             for name in ("gradient_checkpointing", "checkpoint_layers"):
                 flags.pop(name, None)
