@@ -95,16 +95,16 @@ def test_predictions_are_what_was_measured(shapes, size, count, zero, samples, r
 LONG = replace(LENGTHS, tokens=(7_519,), visual=81 * 91)
 
 
-@pytest.mark.parametrize("size, how, zero, recomputed, gib, tokens, error", [
-    ("7B", "LoRA", "zero3_offload.json", 14, 21.9, 6_526, 0.10),
-    ("3B", "full", "zero3_offload.json", 24, 12.7, 6_514, 0.10),
-    ("3B", "LoRA", "zero1.json", 33, 14.0, 13_278, 0.25),
+@pytest.mark.parametrize("size, how, zero, recomputed, gib, tokens", [
+    ("7B", "LoRA", "zero3_offload.json", 14, 21.9, 6_526),
+    ("3B", "full", "zero3_offload.json", 24, 12.7, 6_514),
+    ("3B", "LoRA", "zero1.json", 33, 14.0, 13_278),
 ])  # fmt: skip
-def test_predictions_for_small_gpus(shapes, size, how, zero, recomputed, gib, tokens, error):
+def test_predictions_for_small_gpus(shapes, size, how, zero, recomputed, gib, tokens):
     """Measured with videos of 80 s, and four samples a step. One interval between steps was timed."""
     settings, gpus = Settings(ZERO[zero], 1, 7552, 4, recomputed, True), parse_gpus("H200")
     assert estimate(shapes[size, how], settings, LONG, 1).peak / GIB == pytest.approx(gib, rel=0.10)
-    assert predict(shapes[size, how], settings, LONG, gpus).tokens == pytest.approx(tokens, rel=error)
+    assert predict(shapes[size, how], settings, LONG, gpus).tokens == pytest.approx(tokens, rel=0.12)
 
 
 @pytest.mark.parametrize("size", ["3B", "7B"])

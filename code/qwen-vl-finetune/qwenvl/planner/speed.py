@@ -30,8 +30,8 @@ class Speed:
     """Bytes that each GPU sends in an optimizer step."""
 
 
-def sample_flops(shape: Shape, tokens: float, visual: float, answer: float, clip: float) -> tuple[float, float]:
-    """Model FLOPs of a sample of these lengths, and those of the forward pass through the layers alone."""
+def sample_flops(shape: Shape, tokens: float, visual: float, answer: float, clip: float) -> tuple[float, float, float]:
+    """Model FLOPs of a sample of these lengths; those of the products in the layers' forward pass, and of its attention."""
     pairs = tokens * (tokens + 1) / 2
     matrices, attention = 2.0 * tokens * shape.layer * shape.layers, 4.0 * pairs * shape.hidden * shape.layers
     trains = shape.tunes_language and not shape.lora
@@ -41,7 +41,7 @@ def sample_flops(shape: Shape, tokens: float, visual: float, answer: float, clip
     patches, per_clip = 4 * visual, 4 * clip
     seen = shape.tower_full * per_clip + (shape.tower_blocks - shape.tower_full) * min(shape.window, per_clip)
     tower = 2.0 * patches * shape.tower + 4.0 * patches * seen * shape.tower_hidden
-    return total + (3 if shape.tunes_tower else 1) * tower, matrices + attention
+    return total + (3 if shape.tunes_tower else 1) * tower, matrices, attention
 
 
 def efficiency(hidden: int, tokens: float) -> float:
@@ -57,19 +57,20 @@ def predict(shape: Shape, settings: Settings, lengths: Lengths, gpus: Gpus) -> S
     """The speed of these settings."""
     processes, zero, n = gpus.count, settings.zero, shape.trained
     rate = gpus.rate if settings.bf16 else gpus.rate / 8
-    flops, forward = sample_flops(shape, lengths.mean, lengths.visual, lengths.answer, lengths.clip)
+    flops, products, attention = sample_flops(shape, lengths.mean, lengths.visual, lengths.answer, lengths.clip)
     real = settings.samples * lengths.mean
     row = settings.pack_tokens or settings.samples * (lengths.mean if settings.samples == 1 else lengths.longest)
     rows = lengths.rows_filled(settings.samples, settings.pack_tokens) if settings.pack_tokens else 1
+    three, share = zero.stage == 3, settings.checkpointed / shape.layers
+    slower = (c.ATTENTION_TIME - 1) * attention
     # The padding of a row costs like tokens.
-    work = settings.samples * (flops + forward * settings.checkpointed / shape.layers) * rows * row / real
+    work = settings.samples * (flops + 3 * slower + share * (products + attention + slower)) * rows * row / real
     gpu = work / (rate * efficiency(shape.hidden, row))
     if not settings.compiled:
         gpu *= c.EAGER_TIME
     elif not settings.pack_tokens and not lengths.alike:
         gpu *= c.VARYING_TIME
     gpu *= c.LORA_TIME if shape.lora else 1.0
-    three, share = zero.stage == 3, settings.checkpointed / shape.layers
     eager, saving = (c.HOST_SECONDS[three, settings.compiled, flag] for flag in (False, True))
     host = shape.layers * (eager + (saving - eager) * share) * (c.LORA_HOST_FACTOR if shape.lora else 1)
     gpu, host = gpu + c.PASS_SECONDS, host + c.PASS_SECONDS
