@@ -52,8 +52,8 @@ MATRIX_SHARE = 0.80
 WIDE, NARROW = 0.68, 0.69
 """Share of the matrix rate that compiled layers reach in long rows, for a hidden size of 3584 (7B) and 2048 (3B)."""
 ATTENTION_TIME = 2.0
-"""GPU time of the FLOPs of attention, relative to that of others. 3B with adapters, a pass over 7,430 tokens with 33 of 36
-layers recomputed: 0.56 s."""
+"""GPU time of the FLOPs of attention, relative to that of others. 3B with adapters, a pass over 7,430 tokens with 33
+of 36 layers recomputed: 0.56 s."""
 WIDE_HIDDEN, NARROW_HIDDEN = 3584, 2048
 WIDE_OVERHEAD, NARROW_OVERHEAD = 50.0, 180.0
 """Tokens' worth of time that each row costs on top, for the same two sizes. 3B: a pass over one sample of 2,878 tokens

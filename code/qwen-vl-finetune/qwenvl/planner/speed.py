@@ -31,7 +31,7 @@ class Speed:
 
 
 def sample_flops(shape: Shape, tokens: float, visual: float, answer: float, clip: float) -> tuple[float, float, float]:
-    """Model FLOPs of a sample of these lengths; those of the products in the layers' forward pass, and of its attention."""
+    """Model FLOPs of a sample of these lengths; those of the products in the layers' forward pass; of its attention."""
     pairs = tokens * (tokens + 1) / 2
     matrices, attention = 2.0 * tokens * shape.layer * shape.layers, 4.0 * pairs * shape.hidden * shape.layers
     trains = shape.tunes_language and not shape.lora
