@@ -157,7 +157,9 @@ def test_a_caption_that_is_never_answered_has_no_score(endpoint, tmp_path):
     assert verdict.score is None and "timed out" in verdict.why and endpoint.counts()["a"] == 3
 
 
-def test_a_lost_endpoint_is_not_retried_forever(endpoint, tmp_path):
+def test_a_lost_endpoint_is_not_retried_forever(endpoint, tmp_path, monkeypatch):
+    """Nor asked far ahead of answers that a slow disk still has to take."""
+    monkeypatch.setattr(os, "fsync", lambda number: time.sleep(0.02))
     captions = [f"caption {number}" for number in range(100)]
     endpoint.plan = {"": [*[(200, GOOD)] * 30, (401, {"error": {"message": "key revoked"}})]}
     with pytest.raises(NotComputed, match=r"stopped answering .*401 \(key revoked\)\) after 30 of 100") as error:

@@ -11,10 +11,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, Queue
 from threading import Thread
 
 import requests
@@ -166,8 +166,9 @@ class Judge:
         return hashlib.sha256(deciding.encode()).hexdigest()
 
     def _ask_all(self, captions: list[str]) -> Iterator[tuple[str, Verdict | NoAnswer]]:
-        """Yields each caption with its answer, in the order of the answers. Closing it stops further requests."""
-        waiting, answered = deque(captions), SimpleQueue()
+        """Yields each caption with its answer, in the order of the answers. Requests are at most twice `workers` ahead
+        of the answers that were taken. Closing it stops further ones."""
+        waiting, answered = deque(captions), Queue(self.workers)
 
         def work() -> None:
             with self._session(self.retries) as session:  # a session is not thread-safe
@@ -192,6 +193,9 @@ class Judge:
                 yield text, answer
         finally:
             waiting.clear()
+            with suppress(Empty):  # each thread adds at most one more, for which there is room then
+                while True:
+                    answered.get_nowait()
 
     def _verdict(self, session: requests.Session, caption: str) -> Verdict:
         """Raises NoAnswer."""
