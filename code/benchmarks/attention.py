@@ -1,18 +1,19 @@
-"""Measures FlexAttention alone, with the shapes of the engine's steps, for several kernel_options. The options in
-`model_runner.py`, `split_kv.py` and `ragged_attention.py` were chosen with it.
+"""Measures attention alone, with the shapes of the engine's steps: FlexAttention with several kernel_options, and the
+kernel of `chunk_kernel.py` where the engine uses it. The options in `model_runner.py`, `split_kv.py` and
+`ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
     python code/benchmarks/attention.py --size 7B --steps clip --options 64x64x4x2 128x64x8x3 --splits 3 6
 
     decode  one decode row in each batch slot
-    clip    a clip and a decode row in one batch slot, as in live sessions
+    clip    a clip and a decode row in one batch slot, as in live sessions, or several clips, as in a pool
     clips   clips in some batch slots and decode rows in others, as in batches of `interleave`
 
 Measures the attention of all layers, captured as one CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages; for
-decode, they are warps x stages. The engine's own options are measured first. --splits divides the keys of a clip's
-step into other numbers of splits than the engine does. The floor is the larger of two times:
-4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and values at
-the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
+decode, they are warps x stages. The engine's own options are measured first, and before them its kernel for clips.
+--splits divides the keys of a clip's step into other numbers of splits than the engine does. The floor is the larger of
+two times: 4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and
+values at the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
 """
 
 import argparse
@@ -26,12 +27,13 @@ from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
+from qwen_vl_streaming.engine.dependent_launch import HOPPER
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
-from qwen_vl_streaming.engine.paged_attention import PagedAttention, kernel_settings
+from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
-from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, num_splits
+from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, kernel_settings, num_splits
 from qwen_vl_streaming.model.released import SIZES, released_config
 from torch import Tensor
 from training import find_device
@@ -55,7 +57,7 @@ class Shape:
     """Batch slots with a clip of `tokens` rows."""
     tokens: int
     decoding: int
-    """Batch slots with a decode row. In a step of kind clip, it is the batch slot of the clip."""
+    """Batch slots with a decode row. In a step of kind clip, it is the batch slot of the only clip."""
     seen: int
     """Visual tokens that a decode row and the last row of a clip attend to."""
 
@@ -67,7 +69,7 @@ class Shape:
         """For each batch slot, the number of visual tokens that each of its rows attends to."""
         clip = torch.arange(self.seen - self.tokens, self.seen) + 1
         decode = torch.tensor([self.seen])
-        if self.kind == "clip":
+        if self.kind == "clip" and self.decoding:
             return [torch.cat([decode - self.tokens, clip])]
         return [clip] * self.clips + [decode] * self.decoding
 
@@ -76,6 +78,7 @@ GPU_SHAPES = (
     Shape("decode", 0, 0, 1, 5460),
     Shape("decode", 0, 0, 64, 1365),
     Shape("clip", 1, 91, 1, 5460),
+    *(Shape("clip", clips, 91, 0, 5460) for clips in (2, 4, 8)),
     Shape("clip", 1, 256, 1, 3072),
     Shape("clip", 1, 1024, 1, 6144),
     Shape("clips", 11, 91, 21, 1365),
@@ -108,12 +111,13 @@ class Bench:
         cache.store.normal_()
         return cache
 
-    def layer(self, shape: Shape, options: dict, splits: int | None = None) -> Callable[[], Tensor]:
-        """A function that runs one layer's attention in a step of `shape`. `splits` is for steps of kind clip; None is
-        the engine's number."""
+    def layer(self, shape: Shape, options: dict | None, splits: int | None = None) -> Callable[[], Tensor]:
+        """A function that runs one layer's attention in a step of `shape`. `options` are None for the kernel. `splits`
+        is for steps of kind clip; None is the engine's number."""
         cache, rows, scale = self.cache(shape), shape.seen_by_row(), self.size**-0.5
         layer_cache, counts = cache.layers[0], [len(own) for own in rows]
         if shape.kind == "clips":
+            assert options is not None
             ragged_attention.KERNEL_OPTIONS, ragged_attention.QUERY_BLOCK = options, options["BLOCK_M"]
             blocks = sum(query_blocks_of(count, self.groups) for count in counts)
             attention = RaggedAttention(cache, padded_query_blocks(blocks), self.groups, True)
@@ -124,17 +128,19 @@ class Bench:
             return lambda: attention.attend(query, layer_cache, scale)
         seen = torch.stack(rows).to(self.device)
         if shape.kind != "clip":
-            settings = kernel_settings(cache, *seen.shape, self.groups, options)
+            settings = kernel_settings(cache, *seen.shape, self.groups, options or {})
         else:
-            queries = seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
-            settings = {"kernel_options": options, "splits": splits or num_splits(cache, queries)}
+            own = CHUNK_KERNEL_OPTIONS["BLOCK_M"]
+            queries = seen.numel() * self.groups * own // (own if options is None else options["BLOCK_M"])
+            settings = {"splits": splits or num_splits(cache, queries)}
+            settings |= {"use_kernel": True} if options is None else {"kernel_options": options}
         slots = torch.arange(len(rows), device=self.device)
         attention = PagedAttention(cache, slots, None, seen, torch.ones_like(seen), self.groups, True, **settings)
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
         attend = torch.compile(attention.attend, dynamic=False) if self.device == "cuda" else attention.attend
         return lambda: attend(query, layer_cache, scale)
 
-    def measure(self, shape: Shape, options: dict, splits: int | None = None) -> float:
+    def measure(self, shape: Shape, options: dict | None, splits: int | None = None) -> float:
         """Seconds that the attention of all layers takes."""
         torch._dynamo.reset()
         layer = self.layer(shape, options, splits)
@@ -168,8 +174,11 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
     return dict(zip(names, sizes, strict=True))
 
 
-def options_to_try(kind: str, requested: list[str] | None) -> Iterator[dict]:
-    """Kernel options for steps of `kind`: the engine's own, then the `requested` ones, or a default list if None."""
+def options_to_try(kind: str, requested: list[str] | None, gpu: bool) -> Iterator[dict | None]:
+    """Kernel options for steps of `kind`: None for the engine's kernel, where there is one, its options, then the
+    `requested` ones, or a default list if None."""
+    if kind == "clip" and gpu and torch.cuda.get_device_capability()[0] == HOPPER:
+        yield None
     decode = kind == "decode"
     used = {
         "decode": ModelRunner.kernel_options,
@@ -196,10 +205,9 @@ def main() -> None:
     if min(arguments.splits or [1]) < 1:
         raise InputError(f"--splits {min(arguments.splits)}: give positive numbers")
     bench = Bench(arguments.size)
-    wanted = [
-        shape for shape in (GPU_SHAPES if bench.device == "cuda" else CPU_SHAPES) if shape.kind in arguments.steps
-    ]
-    every = [(shape, [*options_to_try(shape.kind, arguments.options)]) for shape in wanted]
+    gpu = bench.device == "cuda"
+    wanted = [shape for shape in (GPU_SHAPES if gpu else CPU_SHAPES) if shape.kind in arguments.steps]
+    every = [(shape, [*options_to_try(shape.kind, arguments.options, gpu)]) for shape in wanted]
 
     flop_rate, byte_rate = rates(bench.device)
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"
@@ -214,9 +222,8 @@ def main() -> None:
         for number, (options, splits) in enumerate(product(choices, [None, *other])):
             took = bench.measure(shape, options, splits)
             mine = "  the engine's" if number == 0 else f"  {splits} splits" if splits else ""
-            print(
-                f"{'x'.join(map(str, options.values())):<16}{1e3 * took:>9.3f} {took / floor:>9.2f}{mine}", flush=True
-            )
+            name = "the kernel" if options is None else "x".join(map(str, options.values()))
+            print(f"{name:<16}{1e3 * took:>9.3f} {took / floor:>9.2f}{mine}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..common.compiling import not_compiled
+from .chunk_attention import attend_chunks
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET, PagedKVCache
-from .split_kv import (
-    CHUNK_KERNEL_OPTIONS,
-    combine_splits,
-    flex_splits,
-    list_blocks,
-    num_decode_splits,
-    num_splits,
-)
+from .split_kv import combine_splits, flex_splits, kernel_settings, list_blocks
 
 
 @dataclass
@@ -46,6 +40,8 @@ class PagedAttention:
     """(2, n, Q), for the visual and the text run."""
     splits: int = 1
     """Splits of each slot's keys, see `split_kv.py`. Split i holds blocks i, i + splits, …"""
+    use_kernel: bool = False
+    """With `use_flex`, the kernel of `chunk_kernel.py` instead of FlexAttention, with the same lists of blocks."""
 
     def __post_init__(self):
         if self.use_flex:
@@ -168,28 +164,27 @@ class PagedAttention:
                 query, *keys_values, attn_mask=self.dense_mask, scale=scale, enable_gqa=True
             )
         n, heads, queries, size = query.shape
+        if self.use_kernel:
+            output, lse = attend_chunks(
+                *(self._fold(query), layer_cache, self.kv_indices, self.num_kv_blocks),
+                *(self.seen_visual, self.seen_text, self.window_start),
+                *(self.batch_slots, self.cache.kept_tokens, self.cache.block_start, scale, self.splits),
+            )
+            lse = None if self.splits == 1 else lse[..., None].expand(output.shape)
+            return combine_splits(output, lse, self.splits).transpose(1, 2)
         output = combine_splits(*self.attend_splits(query, layer_cache, scale), self.splits)
         return output.view(n, heads // self.groups, queries, self.groups, size).transpose(2, 3).reshape(query.shape)
 
     def attend_splits(self, query: Tensor, layer_cache: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
         """FlexAttention of `query` (n, heads, Q, D), as `flex_splits`: the output over each split of the keys, and its
         log-sum-exp, (n x splits, key heads, Q x groups, D) each."""
-        n, heads, queries, size = query.shape
-        folded = query.reshape(n, heads // self.groups, self.groups, queries, size).transpose(2, 3).flatten(2, 3)
         options = {"block_mask": self.mask, "scale": scale, "kernel_options": self.kernel_options}
         keys, values = layer_cache[:, None]
-        return flex_splits(folded, keys, values, self.splits, **options)
+        return flex_splits(self._fold(query), keys, values, self.splits, **options)
 
-
-def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kernel_options: dict) -> dict:
-    """`kernel_options` and `splits` of a PagedAttention of n x `queries`. With few queries these are the given
-    `kernel_options` and no splits, because FlexAttention's decoding kernel then splits the keys itself. It combines
-    them in three kernels, though, so that the splits of a single slot are ours, which takes one."""
-    if queries * groups >= BLOCK_SIZE:
-        return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": num_splits(cache, n * queries * groups)}
-    if n == 1 and (splits := num_decode_splits(cache)) > 1:
-        return {"kernel_options": {**kernel_options, "SPLIT_KV": 1}, "splits": splits}
-    return {"kernel_options": kernel_options, "splits": 1}
+    def _fold(self, query: Tensor) -> Tensor:
+        """`query` (n, heads, Q, D) as (n, key heads, Q x groups, D)."""
+        return query.unflatten(1, (-1, self.groups)).transpose(2, 3).flatten(2, 3)
 
 
 class MixedAttention:

@@ -20,10 +20,11 @@ from .cuda_graph import capture
 from .decoder_layer import run_layer
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 from .model_runner import ModelRunner
-from .paged_attention import PagedAttention, PrefillAttention, kernel_settings
+from .paged_attention import PagedAttention, PrefillAttention
 from .prefill import Prefill, padded_query_blocks, padded_rows
 from .ragged_attention import query_blocks_of
 from .sequence import PlannedSequence
+from .split_kv import kernel_settings
 
 
 class Runner(ModelRunner):

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
+from .chunk_attention import has_chunk_kernel
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 
 CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 """FlexAttention's kernel_options for prefill chunks, measured on an H200."""
-MAX_SPLITS = 8
+MAX_SPLITS = 7
+"""At most of chunks: the compiler makes a kernel that takes three times as long to combine 8."""
+AT_ONCE = 2
+"""Programs of attention that a processor of an H200 runs at once."""
 MAX_DECODE_SPLITS = 64
 """As many as one kernel combines in registers."""
 
@@ -70,10 +74,28 @@ def combine_splits(output: Tensor, lse: Tensor | None, splits: int) -> Tensor:
     return (output.float() * weight).sum(1).to(output.dtype)
 
 
+def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kernel_options: dict) -> dict:
+    """`kernel_options`, `splits` and `use_kernel` of a PagedAttention of n x `queries`. With few queries these are the
+    given `kernel_options` and no splits, because FlexAttention's decoding kernel then splits the keys itself. It
+    combines them in three kernels, though, so that the splits of a single slot are ours, which takes one."""
+    if queries * groups >= BLOCK_SIZE:
+        splits = num_splits(cache, n * queries * groups)
+        return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": splits, "use_kernel": has_chunk_kernel(cache)}
+    if n == 1 and (splits := num_decode_splits(cache)) > 1:
+        return {"kernel_options": {**kernel_options, "SPLIT_KV": 1}, "splits": splits}
+    return {"kernel_options": kernel_options, "splits": 1}
+
+
 def num_splits(cache: PagedKVCache, rows: int) -> int:
-    """How many splits give each processor of the GPU a block of queries, with `rows` queries per key head."""
+    """How many splits take the least time, with `rows` queries per key head: the time of a split, times how often the
+    GPU is filled with blocks of queries, and some more to combine the splits."""
     query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
-    return min(max(_processors(cache) // query_blocks, 1), MAX_SPLITS)
+    room = AT_ONCE * _processors(cache)
+
+    def time(splits: int) -> float:
+        return -(-query_blocks * splits // room) / splits * (1 + 0.03 * (splits - 1))
+
+    return min(range(1, MAX_SPLITS + 1), key=time)
 
 
 def num_decode_splits(cache: PagedKVCache) -> int:

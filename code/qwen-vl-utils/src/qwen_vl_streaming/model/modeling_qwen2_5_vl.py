@@ -6,7 +6,7 @@ loads checkpoints that this class saved, and the other way around. "Stock" means
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -18,13 +18,26 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as stock
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from . import flex_attention  # noqa: F401  # registers it
-from .vision_tower import HALF, Segments, VisionAttention, VisionMLP, VisionPatchEmbed, has_flash
+from .vision_tower import (
+    HALF,
+    Segments,
+    VisionAttention,
+    VisionMLP,
+    VisionPatchEmbed,
+    has_flash,
+    ordered_layout,
+    run_block,
+    run_tower,
+)
 
 GRAPHS = 64
 """Maximum number of graphs of compiled layers: for rows of one size or any, training or evaluation, with recomputed
 activations or without. Layers of all kinds share the limit, because transformers gives them one function. By default,
 torch compiles 8, and runs what needs another uncompiled."""
-LAYOUTS = 256  # maximum number of cached vision tower layouts, one for each combination of grids
+LAYOUTS = 64
+"""Maximum number of cached vision tower layouts, one for each combination of grids."""
+FEW_PATCHES = 4096
+"""Patches up to which a layout is cached with their angles, which are 640 bytes for each."""
 
 
 class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneration):
@@ -42,7 +55,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         super().__init__(config)
         # The stock text model works with FlexAttention but does not declare it.
         self.model.language_model._supports_flex_attn = True
-        self._tower_layouts: dict[tuple, dict[str, Tensor]] = {}
+        self._tower_layouts: dict[tuple, dict[str, Any]] = {}
+        self._run_block: Callable[..., tuple[Tensor, Tensor]] = run_block
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self._tower_blocks():
             block.attn.__class__ = VisionAttention
@@ -84,9 +98,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return any(weight.requires_grad for part in parts for weight in part.parameters())
 
     def compile_tower(self) -> None:
-        """Compiles each block of the vision tower, for inference."""
-        for block in self.model.visual.blocks:
-            block.compile()
+        """Compiles the blocks of the vision tower, for `perceive`."""
+        self._run_block = torch.compile(run_block)
 
     def settle_tower(self) -> None:
         """Prepares the vision tower for inference on a GPU: pads its weights and compiles it."""
@@ -111,19 +124,20 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
             (clips, rows * merge, columns * merge) for (clips, _), (rows, columns) in zip(shapes, grids, strict=True)
         )
         pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
-        tokens = self.model.visual(
-            torch.cat(pixels), grid_thw=torch.tensor(grid_thw), **self._tower_layout(grid_thw)
-        ).pooler_output
+        tokens = run_tower(self.model.visual, torch.cat(pixels), self._tower_layout(grid_thw), self._run_block)
         parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
     def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-        """Like `_make_tower_layout`, cached."""
+        """Like `_make_tower_layout`, cached; with few patches also what `ordered_layout` adds."""
         if (known := self._tower_layouts.get((self.device, self.dtype, grid_thw))) is not None:
             return known
         if len(self._tower_layouts) == LAYOUTS:
             self._tower_layouts.pop(next(iter(self._tower_layouts)))
-        layout = self._tower_layouts[self.device, self.dtype, grid_thw] = self._make_tower_layout(grid_thw)
+        layout = self._make_tower_layout(grid_thw)
+        if len(layout["position_ids"]) <= FEW_PATCHES:
+            layout = ordered_layout(self.model.visual, layout)
+        self._tower_layouts[self.device, self.dtype, grid_thw] = layout
         return layout
 
     def _make_tower_layout(self, grid_thw: Sequence[Sequence[int]], wait: bool = True) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 their own: `modeling_qwen2_5_vl.py` gives the stock layers these classes. "Stock" means the classes of transformers.
 """
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,6 +87,25 @@ def has_flash(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+WINDOW = 64
+"""Patches of a window at most, for which there is a kernel."""
+
+
+# Opaque to the compiler.
+@torch.library.custom_op("qwen_vl_streaming::attend_in_windows", mutates_args=())
+def attend_in_windows(qkv: Tensor, bounds: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
+    """As `window_kernel.attend_in_windows`."""
+    from . import window_kernel  # Triton is only installed where PyTorch supports a GPU
+
+    return window_kernel.attend_in_windows(qkv, bounds, cosine, sine, heads)
+
+
+@attend_in_windows.register_fake
+def _(qkv, bounds, cosine, sine, heads):
+    return qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+
+
 class Segments:
     """The bounds of the segments that attention is restricted to: windows, or whole clips."""
 
@@ -112,16 +133,20 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     """Stock vision attention without a loop over segments.
 
     With SDPA, the stock tower calls attention once for every window of every clip. On an Ampere or newer GPU in half
-    precision, this class computes all segments in one variable-length call. Otherwise it makes one call for each
-    distinct segment length, of which there are few. The results are equal up to rounding.
+    precision, this class computes all segments in one variable-length call, and windows without gradients by a kernel
+    that also rotates. Otherwise it makes one call for each distinct segment length, of which there are few. The results
+    are equal up to rounding.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen: Any = None, **kwargs):
         """Maps `hidden_states` (patches, channels) to the same shape. `cu_seqlens` has the bounds of the segments.
         `max_seqlen` is the length of the longest, where `has_flash` and in half precision. Without it, a block compiles
         into several graphs, and the host waits for the GPU unless the segments are cached."""
-        patches = hidden_states.shape[0]
-        query, key, value = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1).unbind(1)
+        patches, qkv = hidden_states.shape[0], self.qkv(hidden_states)
+        in_windows = max_seqlen is not None and max_seqlen <= WINDOW
+        if in_windows and HAS_TRITON and qkv.is_cuda and not qkv.requires_grad:
+            return self.proj(attend_in_windows(qkv, cu_seqlens, *position_embeddings, self.num_heads))
+        query, key, value = qkv.reshape(patches, 3, self.num_heads, -1).unbind(1)
         query, key = stock.apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         segments = Segments.of(cu_seqlens) if max_seqlen is None else None
         mixed: Tensor
@@ -138,3 +163,37 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
                 q, k, v = (tensor[index].transpose(1, 2) for tensor in (query, key, value))
                 mixed[index] = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2)
         return self.proj(mixed.reshape(patches, -1))
+
+
+def run_block(
+    block: Any, hidden: Tensor, added: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Runs a block of the tower over `hidden` + `added`, and returns two tensors whose sum is its output. The compiler
+    fuses that sum with the norm at the start of the next block."""
+    hidden = hidden + added
+    normed = block.norm1(hidden)
+    hidden = hidden + block.attn(normed, cu_seqlens, max_seqlen=max_seqlen, position_embeddings=rotary)
+    return hidden, block.mlp(block.norm2(hidden))
+
+
+def run_tower(visual: Any, pixels: Tensor, layout: dict[str, Any], run: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+    """The visual tokens (N, C) of `pixels` (patches, pixels of a patch), as the stock tower computes them. `layout` has
+    the arguments of its layers, and `run` is `run_block` or a compiled version of it."""
+    layout = layout if "order" in layout else ordered_layout(visual, layout)
+    hidden = visual.patch_embed(pixels)[layout["order"]]
+    added = torch.zeros_like(hidden)
+    for i, block in enumerate(visual.blocks):
+        kind = "" if i in visual.fullatt_block_indexes else "window_"
+        bounds, longest = layout[f"cu_{kind}seqlens"], layout.get(f"max_{kind}seqlen")
+        hidden, added = run(block, hidden, added, bounds, longest, layout["rotary"])
+    return visual.merger(hidden + added)[layout["reverse"]]
+
+
+def ordered_layout(visual: Any, layout: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the `layout` of the stock tower what that derives from it in each pass: the `order` of the patches, which
+    is that of the windows, the `reverse` order of visual tokens, and the cosine and the sine of the `rotary` angles in
+    that order, (patches, head size)."""
+    windows, unit = layout["window_index"], visual.spatial_merge_unit
+    order = (windows[:, None] * unit + torch.arange(unit, device=windows.device)).flatten()
+    cosine, sine = visual.rotary_pos_emb(layout["position_ids"], layout["position_ids"])
+    return {**layout, "order": order, "reverse": windows.argsort(), "rotary": (cosine[order], sine[order])}
