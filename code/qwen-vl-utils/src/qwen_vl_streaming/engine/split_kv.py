@@ -14,9 +14,7 @@ from .kv_cache import BLOCK_SIZE, PagedKVCache
 CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 """FlexAttention's kernel_options for prefill chunks, measured on an H200."""
 MAX_SPLITS = 7
-"""At most of chunks: the compiler makes a kernel that takes three times as long to combine 8."""
-AT_ONCE = 2
-"""Programs of attention that a processor of an H200 runs at once."""
+"""At most of chunks. The compiler makes another kind of kernel to combine 8, which is slower."""
 MAX_DECODE_SPLITS = 64
 """As many as one kernel combines in registers."""
 
@@ -87,13 +85,15 @@ def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kern
 
 
 def num_splits(cache: PagedKVCache, rows: int) -> int:
-    """How many splits take the least time, with `rows` queries per key head: the time of a split, times how often the
-    GPU is filled with blocks of queries, and some more to combine the splits."""
+    """How many splits take the least time, with `rows` queries per key head. As measured on an H200: a processor runs
+    two blocks of queries at once in 1.5 times the time of one, and to combine splits takes time for each of them."""
     query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
-    room = AT_ONCE * _processors(cache)
+    processors = _processors(cache)
 
     def time(splits: int) -> float:
-        return -(-query_blocks * splits // room) / splits * (1 + 0.03 * (splits - 1))
+        """Relative to the time of one block with all keys."""
+        each = -(-query_blocks * splits // processors)
+        return (each // 2 * 1.5 + each % 2) / splits + (3e-4 * query_blocks * splits if splits > 1 else 0)
 
     return min(range(1, MAX_SPLITS + 1), key=time)
 
