@@ -101,11 +101,12 @@ def test_runners_capture_on_the_device_of_the_model(cuda):
     )
     model = SimpleNamespace(
         model=SimpleNamespace(visual=visual), dtype=torch.float32, device=torch.device("cpu"),
-        perceive=lambda pixels, grid: (pixels.shape, grid),
+        perceive=lambda pixels, grid: (pixels.shape, grid), tower_layout=lambda videos: videos,
     )  # fmt: skip
     encoder = SimpleNamespace(stream=Stream(GPU), model=model, graphs={})
     VisionEncoder.capture(encoder, (2, 3), [1, 4])
-    assert [tokens for _, _, tokens in encoder.graphs[2, 3].values()] == [((n, 24, 6), (2, 3)) for n in (1, 4)]
+    assert [layout for *_, layout in encoder.graphs[2, 3].values()] == [[(1, 2, 3)], [(4, 2, 3)]]
+    assert [tokens for _, _, tokens, _ in encoder.graphs[2, 3].values()] == [((n, 24, 6), (2, 3)) for n in (1, 4)]
     assert cuda.captured[-1][2] is encoder.stream
 
 

@@ -1,16 +1,21 @@
 """The patched model against stock transformers: positions, logits, vision tower, loss, saving and loading."""
 
 import copy
+import gc
+import io
 import json
 import random
 import shutil
 import time
+import weakref
 
 import pytest
 import torch
 from make_model import tiny_checkpoint
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.model import vision_tower
+from qwen_vl_streaming.engine import vision_encoder
+from qwen_vl_streaming.engine.vision_encoder import VisionEncoder
+from qwen_vl_streaming.model import modeling_qwen2_5_vl, vision_tower
 from qwen_vl_streaming.model.frame_patches import FramePatches, join_frames, split_frames
 from qwen_vl_streaming.model.loading import load_config, load_model
 from qwen_vl_streaming.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
@@ -116,6 +121,35 @@ def test_gpus_without_flash_attention_compute_segments_by_length(monkeypatch):
         with torch.no_grad():
             tiny_model().to(dtype).perceive(torch.randn(1, 24, 1176), (2, 3))
     assert calls and set(calls) == {torch.float16}
+
+
+def test_a_settled_model_is_saved_as_a_whole():
+    model = tiny_model()
+    model.settle_tower()
+    with io.BytesIO() as file:
+        torch.save(model, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert again._tower_is_compiled and torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_layouts_that_a_graph_reads_outlive_others(monkeypatch):
+    """The vision encoder keeps the layout of each graph, which the model may drop."""
+    model, pixels = tiny_model(), torch.randn(1, 24, 1176)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: None)
+    encoder = VisionEncoder(model)
+    encoder.stream = object()
+    monkeypatch.setattr(vision_encoder, "capture", lambda work, stream: (None, work()))
+    encoder.capture((2, 3), [1])
+    held = weakref.ref(model.tower_layout([(1, 2, 3)])["order"])
+    with torch.no_grad():
+        expected = model.perceive(pixels, (2, 3))
+        for rows in range(1, modeling_qwen2_5_vl.LAYOUTS + 2):
+            model.tower_layout([(rows, 1, 1)])
+        gc.collect()
+        assert held() is encoder.graphs[2, 3][1][3]["order"]
+        assert model.tower_layout([(1, 2, 3)])["order"] is not held()
+        assert torch.equal(model.perceive(pixels, (2, 3)), expected)
 
 
 def test_a_widened_tower_is_moved_and_saved_like_any_other(tmp_path):

@@ -10,7 +10,7 @@ kernel of `chunk_kernel.py` where the engine uses it. The options in `model_runn
     clips   clips in some batch slots and decode rows in others, as in batches of `interleave`
 
 Measures the attention of all layers, captured as one CUDA graph. Options are BLOCK_M x BLOCK_N x warps x stages; for
-decode, they are warps x stages. The engine's own options are measured first, and before them its kernel for clips.
+decode, they are warps x stages. The engine's kernel for clips is measured first, and then its own options.
 --splits divides the keys of a clip's step into other numbers of splits than the engine does. The floor is the larger of
 two times: 4 x pairs x width FLOPs at the measured rate of a bf16 matrix product, and the bytes of the visible keys and
 values at the measured memory bandwidth. --size tiny tries the command on a CPU, without compiling.
@@ -27,7 +27,7 @@ from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
-from qwen_vl_streaming.engine.dependent_launch import HOPPER
+from qwen_vl_streaming.engine.chunk_attention import is_hopper
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
@@ -177,7 +177,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 def options_to_try(kind: str, requested: list[str] | None, gpu: bool) -> Iterator[dict | None]:
     """Kernel options for steps of `kind`: None for the engine's kernel, where there is one, its options, then the
     `requested` ones, or a default list if None."""
-    if kind == "clip" and gpu and torch.cuda.get_device_capability()[0] == HOPPER:
+    if kind == "clip" and gpu and is_hopper(torch.device("cuda")):
         yield None
     decode = kind == "decode"
     used = {
@@ -222,8 +222,8 @@ def main() -> None:
         for number, (options, splits) in enumerate(product(choices, [None, *other])):
             took = bench.measure(shape, options, splits)
             mine = "  the engine's" if number == 0 else f"  {splits} splits" if splits else ""
-            name = "the kernel" if options is None else "x".join(map(str, options.values()))
-            print(f"{name:<16}{1e3 * took:>9.3f} {took / floor:>9.2f}{mine}", flush=True)
+            what = "the kernel" if options is None else "x".join(map(str, options.values()))
+            print(f"{what:<16}{1e3 * took:>9.3f} {took / floor:>9.2f}{mine}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,17 @@ SIZES = 64, 128
 """Head sizes that the kernel takes."""
 
 
-def has_chunk_kernel(cache: PagedKVCache) -> bool:
-    """Whether the kernel takes `cache`. It was measured on NVIDIA Hopper; other GPUs have FlexAttention."""
-    device, size = cache.store.device, cache.store.shape[-1]
-    if device.type != "cuda" or not HAS_TRITON or torch.cuda.get_device_capability(device)[0] != HOPPER:
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` is of the only kind of GPU on which the kernel was measured."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return cache.store.dtype in HALF and size in SIZES
+    return torch.cuda.get_device_capability(device)[0] == HOPPER
+
+
+def has_chunk_kernel(cache: PagedKVCache) -> bool:
+    """Whether the kernel takes `cache`; otherwise it is for FlexAttention."""
+    kind, size = cache.store.dtype, cache.store.shape[-1]
+    return HAS_TRITON and is_hopper(cache.store.device) and kind in HALF and size in SIZES
 
 
 # Opaque to the compiler.
@@ -36,7 +41,7 @@ def attend_chunks(
     splits: int,
 ) -> tuple[Tensor, Tensor]:
     """As `chunk_kernel.attend_chunks`."""
-    from . import chunk_kernel  # Triton is only installed where PyTorch supports a GPU
+    from . import chunk_kernel  # needs Triton
 
     lists, seen = (blocks, counts), (seen_visual, seen_text, window_start)
     slots = batch_slots, kept_tokens, block_start

@@ -33,7 +33,7 @@ class PagedAttention:
     groups: int
     """Query heads per key head."""
     use_flex: bool
-    """FlexAttention; otherwise SDPA with a dense mask."""
+    """FlexAttention, or the kernel for chunks; otherwise SDPA with a dense mask."""
     kernel_options: dict | None = None
     """FlexAttention's kernel_options."""
     window_start: Tensor | None = None

@@ -1,5 +1,5 @@
-"""Split-KV attention, as in flash-decoding: FlexAttention attends to several splits of the keys at once, and the
-results are combined. A few queries alone do not fill a GPU.
+"""Split-KV attention, as in flash-decoding: attention over several splits of the keys at once, whose results are
+combined. A few queries alone do not fill a GPU.
 
     n slots in a step   Q queries of each   W blocks per slot   D head size
 """
@@ -12,9 +12,9 @@ from .chunk_attention import has_chunk_kernel
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 
 CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-"""FlexAttention's kernel_options for prefill chunks, measured on an H200."""
+"""FlexAttention's kernel_options for prefill chunks, measured on an H200. `chunk_kernel.py` has the same BLOCK_M."""
 MAX_SPLITS = 7
-"""At most of chunks. The compiler makes another kind of kernel to combine 8, which is slower."""
+"""The most splits of chunks. Combining 8 takes longer, since the compiler makes another kind of kernel."""
 MAX_DECODE_SPLITS = 64
 """As many as one kernel combines in registers."""
 
@@ -73,9 +73,10 @@ def combine_splits(output: Tensor, lse: Tensor | None, splits: int) -> Tensor:
 
 
 def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kernel_options: dict) -> dict:
-    """`kernel_options`, `splits` and `use_kernel` of a PagedAttention of n x `queries`. With few queries these are the
-    given `kernel_options` and no splits, because FlexAttention's decoding kernel then splits the keys itself. It
-    combines them in three kernels, though, so that the splits of a single slot are ours, which takes one."""
+    """`kernel_options`, `splits` and `use_kernel` of a PagedAttention of n x `queries`. Many queries are chunks, for
+    which there may be a kernel. With few, these are the given `kernel_options` and no splits, because FlexAttention's
+    decoding kernel splits the keys itself. It combines them in three kernels, where one is enough for a single slot,
+    whose splits are therefore ours."""
     if queries * groups >= BLOCK_SIZE:
         splits = num_splits(cache, n * queries * groups)
         return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": splits, "use_kernel": has_chunk_kernel(cache)}

@@ -5,6 +5,7 @@ import collections
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class VisionEncoder:
     def __init__(self, model):
         self.model, self.on_cuda = model, model.device.type == "cuda"
         self.stream = torch.cuda.Stream(model.device) if self.on_cuda else None
-        self.graphs: dict[tuple[int, int], dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]]] = {}
-        """By grid and number of clips: the graph, its input pixels and its output tokens."""
+        self.graphs: dict[tuple[int, int], dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor, Any]]] = {}
+        """By grid and number of clips: the graph, its input pixels, its output tokens, and the layout that it reads."""
         if self.on_cuda:
             model.settle_tower()
 
@@ -45,7 +46,7 @@ class VisionEncoder:
             pixels = torch.zeros(size, *shape, dtype=self.model.dtype, device=self.model.device)
             # Graphs captured on one stream share cuBLAS's workspace. This one runs at the same time as others.
             graph, tokens = capture(functools.partial(self.model.perceive, pixels, grid), self.stream)
-            self.graphs.setdefault(grid, {})[size] = graph, pixels, tokens
+            self.graphs.setdefault(grid, {})[size] = graph, pixels, tokens, self.model.tower_layout([(size, *grid)])
 
     @torch.no_grad()
     def encode(self, clips: Sequence[Tensor], layouts: Sequence[Layout]) -> list[ClipFeatures]:
@@ -78,7 +79,7 @@ class VisionEncoder:
         captured = self.graphs.get(grid, {}).get(len(pixels))
         if captured is None:
             return self.model.perceive(pixels, grid)
-        graph, graph_pixels, graph_tokens = captured
+        graph, graph_pixels, graph_tokens, _ = captured
         graph_pixels.copy_(pixels)
         graph.replay()
         return graph_tokens.clone()

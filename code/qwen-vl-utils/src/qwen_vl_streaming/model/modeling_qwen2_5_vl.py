@@ -6,7 +6,7 @@ loads checkpoints that this class saved, and the other way around. "Stock" means
     B samples   L tokens   T rows that are scored   C hidden size   V vocabulary
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -24,6 +24,7 @@ from .vision_tower import (
     VisionAttention,
     VisionMLP,
     VisionPatchEmbed,
+    compiled_block,
     has_flash,
     ordered_layout,
     run_block,
@@ -56,7 +57,7 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         # The stock text model works with FlexAttention but does not declare it.
         self.model.language_model._supports_flex_attn = True
         self._tower_layouts: dict[tuple, dict[str, Any]] = {}
-        self._run_block: Callable[..., tuple[Tensor, Tensor]] = run_block
+        self._tower_is_compiled = False
         self.model.visual.patch_embed.__class__ = VisionPatchEmbed
         for block in self._tower_blocks():
             block.attn.__class__ = VisionAttention
@@ -99,7 +100,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
 
     def compile_tower(self) -> None:
         """Compiles the blocks of the vision tower, for `perceive`."""
-        self._run_block = torch.compile(run_block)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        self._tower_is_compiled = True
 
     def settle_tower(self) -> None:
         """Prepares the vision tower for inference on a GPU: pads its weights and compiles it."""
@@ -117,19 +119,21 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         return self.perceive_all([pixel_values], [grid])[0]
 
     def perceive_all(self, videos: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Like `perceive`, for several videos in one pass of the vision tower."""
-        merge = self.model.visual.spatial_merge_size
+        """Like `perceive`, for several videos in one pass of the vision tower. The blocks of the tower are run one by
+        one, so that hooks of its modules do not run."""
         shapes = [(len(video), rows * columns) for video, (rows, columns) in zip(videos, grids, strict=True)]
-        grid_thw = tuple(
-            (clips, rows * merge, columns * merge) for (clips, _), (rows, columns) in zip(shapes, grids, strict=True)
-        )
+        layout = self.tower_layout([(clips, *grid) for (clips, _), grid in zip(shapes, grids, strict=True)])
         pixels = [video.flatten(0, 1).to(self.device, self.dtype, non_blocking=True) for video in videos]
-        tokens = run_tower(self.model.visual, torch.cat(pixels), self._tower_layout(grid_thw), self._run_block)
+        run = compiled_block() if self._tower_is_compiled else run_block
+        tokens = run_tower(self.model.visual, torch.cat(pixels), layout, run)
         parts = tokens.split([clips * per_clip for clips, per_clip in shapes])
         return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _tower_layout(self, grid_thw: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
-        """Like `_make_tower_layout`, cached; with few patches also what `ordered_layout` adds."""
+    def tower_layout(self, videos: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+        """Like `_make_tower_layout`, cached; with few patches also what `ordered_layout` adds. `videos` have clips, and
+        rows and columns after merging. A CUDA graph of `perceive` needs the layout as long as it is replayed."""
+        merge = self.model.visual.spatial_merge_size
+        grid_thw = tuple((clips, rows * merge, columns * merge) for clips, rows, columns in videos)
         if (known := self._tower_layouts.get((self.device, self.dtype, grid_thw))) is not None:
             return known
         if len(self._tower_layouts) == LAYOUTS:
@@ -137,6 +141,8 @@ class Qwen2_5_VLForConditionalGeneration(stock.Qwen2_5_VLForConditionalGeneratio
         layout = self._make_tower_layout(grid_thw)
         if len(layout["position_ids"]) <= FEW_PATCHES:
             layout = ordered_layout(self.model.visual, layout)
+            if self.device.type == "cuda":  # other streams may use it
+                torch.cuda.current_stream(self.device).synchronize()
         self._tower_layouts[self.device, self.dtype, grid_thw] = layout
         return layout
 

@@ -1,7 +1,9 @@
-"""The layers of the vision tower, faster than those of transformers and equal up to rounding. They have no weights of
-their own: `modeling_qwen2_5_vl.py` gives the stock layers these classes. "Stock" means the classes of transformers.
+"""The layers of the vision tower, faster than those of transformers and equal up to rounding, and a loop over its
+blocks. The layers have no weights of their own: `modeling_qwen2_5_vl.py` gives the stock layers these classes. "Stock"
+means the classes of transformers.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -88,15 +90,16 @@ def has_flash(device: torch.device) -> bool:
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+"""Triton is only installed where PyTorch supports a GPU."""
 WINDOW = 64
-"""Patches of a window at most, for which there is a kernel."""
+"""The most patches of a window that the kernel takes."""
 
 
 # Opaque to the compiler.
 @torch.library.custom_op("qwen_vl_streaming::attend_in_windows", mutates_args=())
 def attend_in_windows(qkv: Tensor, bounds: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
     """As `window_kernel.attend_in_windows`."""
-    from . import window_kernel  # Triton is only installed where PyTorch supports a GPU
+    from . import window_kernel  # needs Triton
 
     return window_kernel.attend_in_windows(qkv, bounds, cosine, sine, heads)
 
@@ -133,9 +136,9 @@ class VisionAttention(stock.Qwen2_5_VLVisionAttention):
     """Stock vision attention without a loop over segments.
 
     With SDPA, the stock tower calls attention once for every window of every clip. On an Ampere or newer GPU in half
-    precision, this class computes all segments in one variable-length call, and windows without gradients by a kernel
-    that also rotates. Otherwise it makes one call for each distinct segment length, of which there are few. The results
-    are equal up to rounding.
+    precision, this class computes all segments in one variable-length call, and windows, if no gradients are needed, by
+    a kernel that also rotates. Otherwise it makes one call for each distinct segment length, of which there are few.
+    The results are equal up to rounding.
     """
 
     def forward(self, hidden_states, cu_seqlens, position_embeddings: Any = None, max_seqlen: Any = None, **kwargs):
@@ -176,6 +179,12 @@ def run_block(
     return hidden, block.mlp(block.norm2(hidden))
 
 
+@functools.cache
+def compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run_block`, compiled. Not an attribute of a model, which could then not be saved as a whole."""
+    return torch.compile(run_block)
+
+
 def run_tower(visual: Any, pixels: Tensor, layout: dict[str, Any], run: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
     """The visual tokens (N, C) of `pixels` (patches, pixels of a patch), as the stock tower computes them. `layout` has
     the arguments of its layers, and `run` is `run_block` or a compiled version of it."""
@@ -190,7 +199,7 @@ def run_tower(visual: Any, pixels: Tensor, layout: dict[str, Any], run: Callable
 
 
 def ordered_layout(visual: Any, layout: dict[str, Any]) -> dict[str, Any]:
-    """Adds to the `layout` of the stock tower what that derives from it in each pass: the `order` of the patches, which
+    """Adds to `layout` what the stock tower computes from it in each pass: the `order` of the patches, which
     is that of the windows, the `reverse` order of visual tokens, and the cosine and the sine of the `rotary` angles in
     that order, (patches, head size)."""
     windows, unit = layout["window_index"], visual.spatial_merge_unit
