@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from qwen_vl_streaming.common.errors import InputError
-from qwen_vl_streaming.engine import paged_attention
+from qwen_vl_streaming.engine import split_kv
 from qwen_vl_streaming.engine.device_event import DeviceEvent
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.step_runner import StepRunner, chunk_counts_of
@@ -125,7 +125,7 @@ def test_flex_attention(model, variant, decode_splits, monkeypatch):
     print("seed", SEED)
     draw = random.Random(f"{SEED} flex {variant} {decode_splits}")
     monkeypatch.setattr(ModelRunner, "use_flex", True)
-    monkeypatch.setattr(paged_attention, "num_decode_splits", lambda cache: decode_splits)
+    monkeypatch.setattr(split_kv, "num_decode_splits", lambda cache: decode_splits)
     check_logits(monkeypatch, model, draw, random_case(draw, VARIANTS[variant]), window=draw.choice([None, (2, 5)]))
 
 
