@@ -172,3 +172,5 @@ def test_the_number_of_splits_is_the_fastest_of_those_measured(monkeypatch):
         cache = SimpleNamespace(store=torch.zeros(1, key_heads, 0))
         found.append(split_kv.num_splits(cache, rows * groups))
     assert found == [6, 3, 3, 2, 5, 2, 1, 1]
+    monkeypatch.undo()
+    assert split_kv.num_splits(SimpleNamespace(store=torch.zeros(1, 1, 0)), 1) == 1  # a CPU

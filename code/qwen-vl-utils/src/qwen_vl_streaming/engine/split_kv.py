@@ -89,7 +89,8 @@ def num_splits(cache: PagedKVCache, rows: int) -> int:
     """How many splits take the least time, with `rows` queries per key head. As measured on an H200: a processor runs
     two blocks of queries at once in 1.5 times the time of one, and to combine splits takes time for each of them."""
     query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
-    processors = _processors(cache)
+    if (processors := _processors(cache)) == 1:
+        return 1  # a CPU
 
     def time(splits: int) -> float:
         """Relative to the time of one block with all keys."""
