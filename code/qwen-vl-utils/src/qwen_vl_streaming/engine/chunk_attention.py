@@ -7,8 +7,8 @@ from ..model.vision_tower import HALF, HAS_TRITON
 from .dependent_launch import HOPPER
 from .kv_cache import PagedKVCache
 
-SIZES = 64, 128
-"""Head sizes that the kernel takes."""
+SIZE = 128
+"""The head size of all released models, with which the kernel was tested on a GPU."""
 
 
 def is_hopper(device: torch.device) -> bool:
@@ -21,7 +21,7 @@ def is_hopper(device: torch.device) -> bool:
 def has_chunk_kernel(cache: PagedKVCache) -> bool:
     """Whether the kernel takes `cache`; otherwise it is for FlexAttention."""
     kind, size = cache.store.dtype, cache.store.shape[-1]
-    return HAS_TRITON and is_hopper(cache.store.device) and kind in HALF and size in SIZES
+    return HAS_TRITON and is_hopper(cache.store.device) and kind in HALF and size == SIZE
 
 
 # Opaque to the compiler.

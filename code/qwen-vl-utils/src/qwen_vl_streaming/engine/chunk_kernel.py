@@ -16,23 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..model.window_kernel import LOG2_E, _larger, _plus
 from .dependent_launch import launch_options
 from .kv_cache import BLOCK_SIZE, TEXT_OFFSET
 
 QUERIES, KEYS, WARPS, STAGES = 64, 64, 4, 2
 """Queries of a program, at most BLOCK_SIZE, keys that it reads at once, its warps, and how far ahead it reads: the
 fastest for chunks of 91 tokens on an H200."""
-LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _plus(a, b):
-    return a + b
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b)
 
 
 @triton.jit

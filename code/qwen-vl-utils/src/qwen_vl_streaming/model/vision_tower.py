@@ -92,7 +92,7 @@ def has_flash(device: torch.device) -> bool:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """Triton is only installed where PyTorch supports a GPU."""
 WINDOW = 64
-"""The most patches of a window that the kernel takes."""
+"""The most patches of a window that the kernel takes: those of all released models."""
 
 
 # Opaque to the compiler.

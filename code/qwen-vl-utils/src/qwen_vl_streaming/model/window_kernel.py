@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PATCHES = 64
-"""Patches of a window, at most: those of all released models."""
+from .vision_tower import WINDOW
+
 LOG2_E = 1.4426950408889634
 
 
@@ -76,7 +76,7 @@ def _attend_in_windows(
 
 
 def attend_in_windows(qkv: Tensor, bounds: Tensor, cosine: Tensor, sine: Tensor, heads: int) -> Tensor:
-    """The attention (M, H D) of `qkv` (M, 3 H D), contiguous, in windows of at most PATCHES with these `bounds`
+    """The attention (M, H D) of `qkv` (M, 3 H D), contiguous, in windows of at most WINDOW with these `bounds`
     (windows + 1,). Queries and keys are rotated by the angles with these `cosine` and `sine`, (M, D) in float32, whose
     two halves are equal."""
     size = qkv.shape[1] // (3 * heads)
@@ -86,7 +86,7 @@ def attend_in_windows(qkv: Tensor, bounds: Tensor, cosine: Tensor, sine: Tensor,
             *(qkv, bounds, cosine, sine, output, size**-0.5 * LOG2_E),
             HEADS=heads,
             SIZE=size,
-            PATCHES=PATCHES,
+            PATCHES=WINDOW,
             POWER=max(triton.next_power_of_2(size // 2), 16),
             num_warps=4,
         )
