@@ -1,4 +1,5 @@
-"""Skips GPU tests if there is no GPU or tests run in several processes, and defines fixtures of several files."""
+"""Skips GPU tests if there is no GPU or tests run in several processes, starts long tests first, and defines fixtures
+of several files."""
 
 import importlib
 import json
@@ -19,6 +20,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    # One that starts last would run alone, while the other processes have nothing left to do.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")

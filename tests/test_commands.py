@@ -250,6 +250,7 @@ def copy(made, tmp_path_factory):
     return copy
 
 
+@pytest.mark.long
 def test_the_published_commands_verbatim(copy):
     for script in PUBLISHED.values():
         done = copy.run(script)
@@ -268,6 +269,7 @@ def test_every_command_of_the_pages_is_known():
     assert {command for _, command, _ in SHOWN} == COMMANDS.keys()
 
 
+@pytest.mark.long
 def test_commands_of_the_pages_run(copy, capsys):
     """In the order of the pages, so each command finds the files of those before it. Then the Python code."""
     trained = copy.root / "code/qwen-vl-finetune/output/qwen2_5vl-pe-group"

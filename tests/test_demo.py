@@ -23,6 +23,7 @@ def run(*command, cwd=ROOT, **environment):
     )
 
 
+@pytest.mark.long
 def test_short_demo(tmp_path):
     flags = ["--output", "the demo", "--train-videos", "8", "--test-videos", "2", "--steps"]
     demo = ["bash", os.path.relpath(ROOT / "demo.sh", tmp_path), *flags]

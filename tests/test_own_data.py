@@ -136,6 +136,7 @@ def results(copy: Copy, name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_captions_of_your_own(copy, made):
     rows, folder = rows_of(made), copy.root / "dataset/mine"
     write(folder / "train.jsonl", [*rows[:5], "{", {**rows[5], "human_caption": "A ring."}])
@@ -203,6 +204,7 @@ def hub(tmp_path, made):
         yield hub
 
 
+@pytest.mark.long
 def test_a_data_set_of_the_hub(copy, made, hub, tmp_path):
     """Trains with the hub, and evaluates from the cache when the hub is gone."""
     shown = commands("A data set of the hub")

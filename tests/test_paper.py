@@ -998,6 +998,7 @@ def paper(tmp_path, *words, **environment):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_demo_from_videos_to_the_report(tmp_path):
     """One variant, fixed and random, descriptions and questions; then again, and with settings that contradict it."""
     flags = ["--demo", "--device", "cpu", "--output", "the demo", "--variants", "group"]

@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 
+import pytest
 from published import ROOT
 
 LIBRARY = ROOT / "code/qwen-vl-utils/src/qwen_vl_streaming"
 
 
+@pytest.mark.long
 def test_the_library_has_no_type_errors():
     command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
