@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from program_server import with_server
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct")
 MADE_HERE = shutil.ignore_patterns("__pycache__", "*.egg-info", "output")
@@ -47,7 +49,7 @@ class Copy:
         return subprocess.run(
             ["bash", "-euc", script],
             cwd=self.root / folder,
-            env={**mine, **environment},
+            env=with_server({**mine, **environment}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

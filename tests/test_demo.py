@@ -8,6 +8,7 @@ from pathlib import Path
 
 import check_flags
 import pytest
+from program_server import with_server
 from qwen_vl_streaming import devices
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.timeline.positions import RULE
@@ -18,9 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*command, cwd=ROOT, **environment):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("QWEN2_5_VL_")}
-    return subprocess.run(
-        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=600, check=False
-    )
+    env = with_server({**clean, **environment})
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.long

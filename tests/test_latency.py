@@ -1,6 +1,7 @@
 """The latency benchmark on a tiny model: every command runs, its results are consistent, and plots are written."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from latency import floors
+from program_server import with_server
 from tiny import random_template, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "code/benchmarks"
@@ -31,7 +33,7 @@ def latency(*arguments: str, **options: str) -> subprocess.CompletedProcess:
     flags = [flag for pair in {**SMALL, **options}.items() for part in pair for flag in part.split()]
     # In a separate process: its modules and those of the tests have the same names.
     command = [sys.executable, str(BENCHMARKS / "latency.py"), *arguments, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, env=with_server(os.environ), capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +216,13 @@ def test_the_load_of_a_server_ends_if_the_engine_does_not_start():
 
 def test_attention_is_timed_for_each_option():
     command = [sys.executable, str(BENCHMARKS / "attention.py"), "--size", "tiny", "--options"]
-    done = subprocess.run([*command, "64x64x4x3", "8x2"], capture_output=True, text=True, timeout=900)
+    options = {"env": with_server(os.environ), "capture_output": True, "text": True, "timeout": 900}
+    done = subprocess.run([*command, "64x64x4x3", "8x2"], **options)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line[:1].isdigit()]
     assert [line.split()[0] for line in lines] == ["4x3", "8x2"] + 2 * ["64x64x4x2", "64x64x4x3"]
     assert ["the engine's" in line for line in lines] == 3 * [True, False]
     assert all(float(line.split()[1]) > 0 for line in lines)
-    done = subprocess.run([*command, "48x64x4x3"], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([*command, "48x64x4x3"], **options)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --options 48x64x4x3: give BLOCK_M x BLOCK_N x num_warps")

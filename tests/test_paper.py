@@ -25,6 +25,7 @@ from paper.settings import PAPER, PAPER_VARIANTS
 from paper.states import find_states, refusals
 from paper.status import BLOCKED, FAILED, RUNNING, Progress
 from paper.steps import EVALUATE, PREPARE, REPORT, TRAIN, Command, Folders, Step
+from program_server import with_server
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.nvidia import visible_gpus
 from qwen_vl_streaming.timeline.variants import VARIANTS
@@ -994,7 +995,7 @@ def paper(tmp_path, *words, **environment):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("QWEN2_5_VL_")}
     return subprocess.run(
         ["bash", str(ROOT / "paper.sh"), *words],
-        cwd=tmp_path, env={**clean, **environment}, capture_output=True, text=True, timeout=600,
+        cwd=tmp_path, env=with_server({**clean, **environment}), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 

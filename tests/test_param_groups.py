@@ -14,6 +14,7 @@ import torch
 from hub_layout import write_checkpoint
 from make_model import SPECIAL_TOKENS, TINY, make_config, make_model
 from peft import PeftModel
+from program_server import with_server
 from qwen_vl_streaming.common.errors import InputError, run
 from qwen_vl_streaming.model.base_files import BaseFiles
 from qwen_vl_streaming.model.checkpoint import of_checkpoint
@@ -144,7 +145,7 @@ def launched(arguments: list[str]) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "qwen_vl_streaming.launch", "--nproc_per_node", "1", "--standalone"]
     command += ["-m", "qwenvl.rank", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=with_server(environment), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
