@@ -20,8 +20,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if reason and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
-    # One that starts last would run alone, while the other processes have nothing left to do.
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    # One that starts last would run alone, while the other processes have nothing left to do. Each process begins with
+    # an equal share of the list.
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if item not in long]
+    share = -(-len(items) // processes)
+    items.clear()
+    for process in range(processes):
+        first = long[process::processes]
+        items += first + others[: share - len(first)]
+        del others[: share - len(first)]
 
 
 @pytest.fixture(scope="session")

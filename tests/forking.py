@@ -95,5 +95,6 @@ def run_words(words: list[str]) -> NoReturn:
         status = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(status)

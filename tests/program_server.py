@@ -3,8 +3,11 @@ server that has imported them, and nothing of the project.
 
 A program is started as usual, from a shell or with subprocess, in an environment from `with_server`. Its interpreter
 then imports startup/sitecustomize.py, which asks the server for a fork with the same arguments, environment, folder and
-open files. Processes of a launcher are forks of it, as in forked.py. Process ids, parents and process groups are those
-of the forks, so tests of them start programs in the ordinary way.
+open files. Processes of a launcher are forks of it, as in forked.py.
+
+What differs from an ordinary start: process ids, parents, process groups and limits, the hash seed, the libraries that
+are imported already, and what they have read of the environment by then. Tests of these start programs in the ordinary
+way, and so does each test on a machine with a GPU.
 """
 
 import contextlib
@@ -21,12 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import forking
+import numpy as np
 import psutil
+import torch
 
 LIBRARIES = (
     "torch.distributed.run",
@@ -45,13 +52,15 @@ FROM_ENVIRONMENT = ("huggingface_hub.constants", "datasets.config")
 MOVED = 1000
 """File descriptors from here on are used to put received ones in their places."""
 LAUNCHER = "qwen_vl_streaming.launch"
+START = 300.0
+"""Seconds that the server has to start."""
 HERE = Path(__file__).parent
 
 
 def with_server(environment: Mapping[str, str]) -> dict[str, str]:
     """`environment` for programs that the server runs. Starts the server if there is none: one serves all tests.
-    Elsewhere than on Linux, programs start as usual."""
-    if sys.platform != "linux":
+    Elsewhere than on Linux, and where there is a GPU, programs start as usual."""
+    if sys.platform != "linux" or torch.cuda.is_available():
         return dict(environment)
     distributed = "PYTEST_XDIST_WORKER" in os.environ
     tests = os.getppid() if distributed else os.getpid()
@@ -61,7 +70,8 @@ def with_server(environment: Mapping[str, str]) -> dict[str, str]:
         if not _answers(address):
             _start(address, tests)
     path = [str(HERE / "startup"), *filter(None, [environment.get("PYTHONPATH")])]
-    return {**environment, "PROGRAM_SERVER": address, "PYTHONPATH": os.pathsep.join(path)}
+    server = f"{address} {os.path.realpath(sys.prefix)}"
+    return {**environment, "PROGRAM_SERVER": server, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def _answers(address: str) -> bool:
@@ -79,10 +89,12 @@ def _start(address: str, tests: int) -> None:
             env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+        end = time.monotonic() + START
         while not _answers(address):
-            if server.poll() is not None:
+            if server.poll() is not None or time.monotonic() > end:
+                server.kill()
                 log.seek(0)
-                raise RuntimeError(log.read())
+                raise RuntimeError(f"the server has not started: {log.read()}")
             time.sleep(0.05)
 
 
@@ -113,15 +125,17 @@ def keep(connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.settimeout(None)
     length, received, _, _ = socket.recv_fds(connection, 8, 250)
-    if not length:
+    data, total = b"", int.from_bytes(length, "big")
+    while len(data) < total and (part := connection.recv(1 << 20)):
+        data += part
+    if not data or len(data) < total:  # the other end only looked whether a server answers, or was killed
         os._exit(0)
-    data = b""
-    while len(data) < int.from_bytes(length, "big"):
-        data += connection.recv(1 << 20)
     request = json.loads(data)
     if not (program := os.fork()):
         try:
             become(request, received)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(70)
     for number in received:
@@ -151,6 +165,10 @@ def become(request: dict, received: list[int]) -> NoReturn:
     os.umask(request["umask"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    if os.environ.get("PYTHONWARNINGS") == "ignore":
+        warnings.simplefilter("ignore")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    np.random.seed()
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     for name in FROM_ENVIRONMENT:
         if name in sys.modules:

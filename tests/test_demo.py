@@ -19,15 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(*command, cwd=ROOT, **environment):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("QWEN2_5_VL_")}
-    env = with_server({**clean, **environment})
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 @pytest.mark.long
 def test_short_demo(tmp_path):
     flags = ["--output", "the demo", "--train-videos", "8", "--test-videos", "2", "--steps"]
     demo = ["bash", os.path.relpath(ROOT / "demo.sh", tmp_path), *flags]
-    ended = run(*demo, "10", cwd=tmp_path)
+    environment = with_server({"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
+    ended = run(*demo, "10", cwd=tmp_path, **environment)
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     output = tmp_path / "the demo"
     for name in (
@@ -53,10 +55,10 @@ def test_short_demo(tmp_path):
     assert "\r" not in ended.stderr + ended.stdout and "%|" not in ended.stderr
 
     check, live = (line for line in ended.stdout.splitlines() if "check.py" in line or "qwen_vl_streaming.live" in line)
-    ended = run("bash", "-c", f"{live} --speed 4 --record 'live session.json'", cwd=tmp_path)
+    ended = run("bash", "-c", f"{live} --speed 4 --record 'live session.json'", cwd=tmp_path, **environment)
     assert ended.returncode == 0 and json.loads((tmp_path / "live session.json").read_text())["tokens"], ended.stderr
 
-    checked = run("bash", "-c", f"{check} --videos 1", cwd=tmp_path)
+    checked = run("bash", "-c", f"{check} --videos 1", cwd=tmp_path, **environment)
     assert checked.returncode == 0, checked.stderr
     assert "tokens before slot j changed in 0;" in checked.stdout
 

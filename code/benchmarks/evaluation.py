@@ -11,8 +11,9 @@ weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 mat
 that no row of a clip produces, the bytes of the language model's weights and of the keys and values that the streams of
 the batch attend to, at the measured memory bandwidth.
 
-The matrix product is measured twice: for milliseconds, and after SUSTAINED seconds of products, when the GPU's power
-limits its clock, as in an evaluation. Each rate gives a bound and a ratio; the second are "sustained".
+The matrix product is measured twice: for milliseconds, and after SUSTAINED seconds of products, when its power limits
+the GPU's clock. The second rate gives the bound that is called sustained; an evaluation, which does not only multiply,
+may draw less.
 """
 
 import argparse

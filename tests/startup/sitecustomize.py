@@ -1,4 +1,4 @@
-"""Python imports this file when it starts, if its folder is in PYTHONPATH. If PROGRAM_SERVER is set, a server runs a
+"""Python imports this file when it starts, if its folder is in PYTHONPATH. If PROGRAM_SERVER is set, that server runs a
 program of the project, as tests/program_server.py describes, and this process stands for it: it passes signals on and
 ends in the same way. All other programs start as usual."""
 
@@ -7,16 +7,14 @@ import sys
 
 
 def ask(address: str, words: list[str]) -> None:
-    """Return if the server cannot be reached."""
+    """Does not return."""
+    import contextlib
     import json
     import signal
     import socket
 
     with socket.socket(socket.AF_UNIX) as server:
-        try:
-            server.connect(f"\0{address}")
-        except OSError:
-            return
+        server.connect(f"\0{address}")
         files = [number for number in map(int, os.listdir("/proc/self/fd")) if number != server.fileno()]
         files, umask = list(filter(is_open, files)), os.umask(0)
         request = {"words": words, "files": files, "environment": dict(os.environ), "folder": os.getcwd()}
@@ -24,8 +22,16 @@ def ask(address: str, words: list[str]) -> None:
         data = json.dumps(request).encode()
         socket.send_fds(server, [len(data).to_bytes(8, "big")], files)
         server.sendall(data)
+        os.dup2(os.open(os.devnull, os.O_RDWR), 1)  # only the program may hold the others' ends of pipes open
+        for number in {*files} - {1, 2}:
+            os.close(number)
+
+        def pass_on(number: int, frame: object) -> None:
+            with contextlib.suppress(OSError):  # the program has just ended
+                server.send(bytes([number]))
+
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: server.send(bytes([number])))
+            signal.signal(number, pass_on)
         answer = server.recv(8)
     status = int.from_bytes(answer, "big", signed=True) if answer else 70
     if status < 0:
@@ -50,5 +56,11 @@ def is_ours(words: list[str]) -> bool:
     return bool(words) and words[0].endswith(".py") and "site-packages" not in words[0]
 
 
-if "PROGRAM_SERVER" in os.environ and is_ours(sys.orig_argv[1:]):
-    ask(os.environ["PROGRAM_SERVER"], sys.orig_argv[1:])
+# The address, then the environment of the server's Python: another has other libraries.
+address, _, prefix = os.environ.get("PROGRAM_SERVER", "").partition(" ")
+if address and os.path.realpath(sys.prefix) == prefix and is_ours(sys.orig_argv[1:]):
+    try:
+        ask(address, sys.orig_argv[1:])
+    except BaseException as error:
+        print(f"the server of tests/program_server.py has failed: {error!r}", file=sys.stderr, flush=True)
+        os._exit(70)
