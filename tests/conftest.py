@@ -29,8 +29,10 @@ def pytest_collection_modifyitems(items):
     items.clear()
     for process in range(processes):
         first = long[process::processes]
-        items += first + others[: share - len(first)]
-        del others[: share - len(first)]
+        room = max(share - len(first), 0)
+        items += first + others[:room]
+        del others[:room]
+    items += others
 
 
 @pytest.fixture(scope="session")
