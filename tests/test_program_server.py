@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from program_server import with_server
@@ -16,7 +17,7 @@ print("out")
 print("error", file=sys.stderr, end="")
 if sys.argv[2] == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
-    print("ready", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(60)
 if sys.argv[2].startswith("-"):
     os.kill(os.getpid(), int(sys.argv[2][1:]))
@@ -57,16 +58,21 @@ def test_a_program_ends_as_usual(start, how):
     assert ended[0] == ended[1] and ended[0][:3] == ("out\n", "error", int(how))
 
 
-def test_signals_are_passed_on(start):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 5), (signal.SIGINT, -signal.SIGINT)])
+def test_signals_are_passed_on(start, number, status):
     process, _ = start("wait", True)
-    assert process.stdout.readline() + process.stdout.readline() == "out\nready\n"
-    process.terminate()
-    assert process.wait(60) == 5
+    assert process.stdout.readline() == "out\n"
+    served = int(process.stdout.readline()) != process.pid
+    assert served == ("PROGRAM_SERVER" in with_server({}))
+    process.send_signal(number)
+    assert process.wait(60) == status
 
 
 def test_a_program_whose_stand_in_is_killed_ends(start):
     process, _ = start("wait", True)
     process.stdout.readline()
+    process.stdout.readline()
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
-    assert process.stdout.read() in ("", "ready\n")  # returns once the program has closed it
+    began = time.monotonic()
+    assert process.stdout.read() == "" and time.monotonic() - began < 50  # once the program, which sleeps, has ended

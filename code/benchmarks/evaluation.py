@@ -11,9 +11,9 @@ weights x rows, attention 4 x pairs x width), at the measured rate of a bf16 mat
 that no row of a clip produces, the bytes of the language model's weights and of the keys and values that the streams of
 the batch attend to, at the measured memory bandwidth.
 
-The matrix product is measured twice: for milliseconds, and after SUSTAINED seconds of products, when its power limits
-the GPU's clock. The second rate gives the bound that is called sustained; an evaluation, which does not only multiply,
-may draw less.
+The matrix product is measured twice: for milliseconds, and after SUSTAINED seconds of products, by when the GPU has
+lowered its clock to stay within its power. The second rate gives the bound that is called sustained. An evaluation,
+which does not only multiply, may draw less power and run its products faster.
 """
 
 import argparse
