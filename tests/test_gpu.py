@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -15,11 +16,13 @@ from qwen_vl_streaming.engine.decoder_layer import run_layer
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.quantized_linear import (
     FEW_ROWS,
+    HOPPER_ROWS,
     TILES,
     Tiles,
     choose_tiles,
     converted,
     few_rows_product,
+    hopper_processors,
     interleave,
     kernel_product,
     product,
@@ -261,6 +264,28 @@ def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("width", HOPPER_ROWS, ids=str)
+@pytest.mark.parametrize("shape", [(320, 640), (4608, 3584), (8520, 1280)], ids=str)
+def test_the_kernel_for_hopper_equals_the_plain_form(shape, width, kind):
+    """For rows that do and do not fill a program, with whole tiles and parts, also where outputs do not fill one, with
+    fewer groups of inputs than stages and more. The bits are the same each time."""
+    if not (processors := hopper_processors(torch.device("cuda"))):
+        pytest.skip("needs a Hopper GPU")
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(shape, device="cuda"), kind)
+    tiles = choose_tiles(sum(width), *shape, processors)
+    for rows in (3, sum(width) - 1, sum(width), sum(width) + 3):
+        x = torch.randn(1, rows, shape[1], device="cuda", dtype=torch.bfloat16)
+        expected = x.float() @ (weight.float() * scale[:, None]).T
+        for programs in (0, 1, 7, processors):
+            found = kernel_product(x, weight, scale, tiles._replace(programs=programs))
+            assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max(), (rows, programs)
+            for _ in range(5):
+                assert torch.equal(kernel_product(x, weight, scale, tiles._replace(programs=programs)), found)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("shape", [*TILES, (321, 640), (64, 8192)], ids=str)
 def test_the_kernel_for_few_rows_equals_the_plain_form(kind, shape):
     print("seed", SEED)
@@ -345,12 +370,12 @@ def test_the_kernels_for_a_single_row_equal_the_layers_of_many_rows(kind):
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("shape", TILES, ids=str)
 def test_the_tiles_of_every_product_run_on_this_gpu(kind, shape):
-    """All that `choose_tiles` gives for the sizes in the table, as they fit here."""
+    """All that `choose_tiles` gives for the sizes in the table, as they fit here, for this GPU and for others."""
     print("seed", SEED)
     torch.manual_seed(SEED)
     weight, scale = quantize(torch.randn(shape, device="cuda"), kind)
-    for rows, _ in TILES[shape]:
-        if (tiles := choose_tiles(rows, *shape)) is not None:
+    for (rows, _), processors in itertools.product(TILES[shape], {0, hopper_processors(weight.device)}):
+        if (tiles := choose_tiles(rows, *shape, processors)) is not None:
             x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
             found, expected = kernel_product(x, weight, scale, tiles), scaled_linear(x, weight, scale)
             assert (found - expected).abs().max() < 2e-2 * expected.abs().max(), (rows, tiles)

@@ -69,7 +69,7 @@ def test_tiles_that_do_not_fit_are_reported_and_the_rest_is_measured(monkeypatch
     for module in ("products", "tiles"):
         monkeypatch.setattr(f"weights.{module}.parts_of", parts_of)
     monkeypatch.setattr(products, "microseconds", lambda work, count: work(0) is None or 5.0)
-    monkeypatch.setattr(products, "choose_tiles", lambda m, n, k: Tiles(64, max(16, m), 0, 0, 4, 4))
+    monkeypatch.setattr(products, "choose_tiles", lambda m, *_: Tiles(64, max(16, m), 0, 0, 4, 4))
     monkeypatch.setattr("weights.tiles.compiled_sum", lambda: lambda parts: parts.sum(0))
     monkeypatch.setattr(products, "few_rows_product", lambda *given: parts_of(*given, Tiles(64, 16, 0, 0, 4, 4))[0])
     monkeypatch.setattr(products, "in_slices", products.whole)

@@ -42,9 +42,9 @@ def figure_of(high: float, columns: int = 1, rows: int = 1, **options):
 
 def plot_sweep(files: list[dict], path: Path) -> None:
     """Figure 6 of the paper with measured values, one column for each mode. The upper panel shows the speed-up over
-    serial against r, with S(r); the lower panel shows the share of S(r). Points with r = 0 are skipped, because the
-    axis of r is logarithmic."""
-    points = [(data["about"]["size"], point) for data in files for point in data["points"].values() if point.get("r")]
+    serial against r, with S(r); the lower panel shows the share of S(r). Marks of 8-bit weights are hollow. Points with
+    r = 0 are skipped, because the axis of r is logarithmic."""
+    points = [(model_of(data["about"]), point) for data in files for point in data["points"].values() if point.get("r")]
     modes = [
         mode for mode in ("pipelined", "fused") if any(best(point, mode, "share") is not None for _, point in points)
     ]
@@ -57,24 +57,25 @@ def plot_sweep(files: list[dict], path: Path) -> None:
     theory = np.array([speed_up(r) for r in line])
     within = (line >= BETWEEN[0]) & (line <= BETWEEN[1])
     dashed = {"color": INK, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1}
-    sizes = sorted({size for size, _ in points})
+    models = sorted({model for model, _ in points})
     for column, mode in enumerate(modes):
         above, below = panels[:, column]
         above.plot(line, theory, color=INK, linewidth=1.6, zorder=1)
         above.plot(line[within], SHARE * theory[within], **dashed)
         below.axhline(100, color=INK, linewidth=1.6, zorder=1)
         below.plot(BETWEEN, [100 * SHARE] * 2, **dashed)
-        for size in sizes:
-            mine = [point for its, point in points if its == size and best(point, mode, "share") is not None]
+        for model in models:
+            mine = [point for its, point in points if its == model and best(point, mode, "share") is not None]
             r = np.array([point["r"] for point in mine])
             expected = np.array([speed_up(each) for each in r])
             share = np.array([best(point, mode, "share") for point in mine])
+            plain = model[1] == ""
             style = {
-                "marker": MARKERS[size],
+                "marker": MARKERS[model[0]],
                 "s": 26,
-                "facecolor": COLORS[mode],
-                "edgecolor": "white",
-                "linewidth": 0.8,
+                "facecolor": COLORS[mode] if plain else "none",
+                "edgecolor": "white" if plain else COLORS[mode],
+                "linewidth": 0.8 if plain else 1.2,
             }
             above.scatter(r, share * expected, **style, zorder=2)
             below.scatter(r, 100 * share, **style, zorder=2)
@@ -88,14 +89,23 @@ def plot_sweep(files: list[dict], path: Path) -> None:
     panels[0, 0].set_ylabel("speed-up over serial", fontsize=9.5, color=INK)
     panels[0, 0].set_ylim(bottom=min(0.9, panels[0, 0].get_ylim()[0]))
     panels[1, 0].set_ylabel("share of S(r), %", fontsize=9.5, color=INK)
-    marks = {size: {"marker": MARKERS[size], "color": INK, "linestyle": "none", "markersize": 5.5} for size in sizes}
+    mark = {"color": INK, "linestyle": "none", "markersize": 5.5}
     handles = [
         Line2D([], [], color=INK, linewidth=1.6, label="S(r) = (1 + r) / max(1, r)"),
         Line2D([], [], label=f"{SHARE:.0%} of S(r), r from 1/4 to 4", **dashed),
-        *(Line2D([], [], label=f"{size}, measured", **mark) for size, mark in marks.items()),
+        *(
+            Line2D([], [], marker=MARKERS[size], fillstyle="none" if kind else "full", label=f"{size}{kind}", **mark)
+            for size, kind in models
+        ),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
+
+
+def model_of(about: dict) -> tuple[str, str]:
+    """The size of the model that was measured, and what to write behind it: its kind of 8-bit weights, if any."""
+    kind = about.get("weights")
+    return about["size"], f", {kind} weights" if kind else ""
 
 
 def plot_lanes(data: dict, path: Path) -> None:

@@ -9,9 +9,10 @@
     quality   captions of checkpoints with weights as they are and in 8 bits: metrics, share of equal tokens, margins
     agreement scores of random weights of the released shapes over the same tokens, as they are and in 8 bits
 
-On a GPU, `products --weights int8 --tiles FILE` measures the tiles of the engine's kernel and writes its table,
-quantized_tiles.py in code/qwen-vl-utils/src/qwen_vl_streaming/engine. Then `latency.py steps rounds --modes fused
---weights int8 --cap 16` measures sessions with it, and memory under a cap. Each takes one to two minutes.
+On a GPU, `products --weights int8 --tiles FILE` measures the tiles of the engine's kernel for GPUs other than Hopper
+and writes their table, quantized_tiles.py in code/qwen-vl-utils/src/qwen_vl_streaming/engine. The kernel for Hopper has
+no table; it is measured as `chosen`. Then `latency.py steps rounds --modes fused --weights int8 --cap 16` measures
+sessions, and memory under a cap. Each takes one to two minutes.
 
 Each command prints tables and writes OUTPUT/weights-COMMAND.json.
 """

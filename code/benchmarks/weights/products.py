@@ -8,7 +8,6 @@ same, as they come from a kernel just before. Times are those of the device.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, astuple, replace
 from functools import partial
 from itertools import product as pairs
 
@@ -19,6 +18,7 @@ from qwen_vl_streaming.engine.quantized_linear import (
     converted,
     few_rows_product,
     fit_tiles,
+    hopper_processors,
     interleave,
     sum_parts,
 )
@@ -201,15 +201,15 @@ def measure_rows(
         check(f"{kind} {' '.join(key)}, M {m}, few rows", few_rows_product(interleaved, *weights[0]), exact)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     for tiles in candidates(m, layer.n, layer.k, processors) if first and m > max(FEW) else ():
-        if replace(tiles, programs=0) not in bad and fit_tiles(tiles, x.device) == tiles:
+        if tiles._replace(programs=0) not in bad and fit_tiles(tiles, x.device) == tiles:
             work = partial(run_nth, interleaved, weights, tiles)
-            table.add(key, m, f"{kind} tiles", layer, work, tiles=asdict(tiles))
-    chosen = choose_tiles(m, layer.n, layer.k)
+            table.add(key, m, f"{kind} tiles", layer, work, tiles=tiles._asdict())
+    chosen = choose_tiles(m, layer.n, layer.k, hopper_processors(x.device))
     chosen = chosen and fit_tiles(chosen, x.device)
     for way, tiles in (("kernel", table.best_tiles(key, m)), ("chosen", chosen)):
         if tiles is not None:
             work = partial(run_nth, interleaved, weights, tiles)
-            if "error" in table.add(key, m, f"{kind} {way}", layer, work, tiles=asdict(tiles)):
+            if "error" in table.add(key, m, f"{kind} {way}", layer, work, tiles=tiles._asdict()):
                 continue
             parts = parts_of(interleaved, *weights[0], tiles)
             check(f"{kind} {' '.join(key)}, M {m}, {tiles}", sum_parts(parts, tiles, layer.n, layer.k), exact)
@@ -235,7 +235,7 @@ def show(rows: list[dict], size: str, name: str, kind: str, shape: tuple[int, in
             us = found[way]["us"] if way in found else ""
             line += f"{'failed':>20}" if us is None else f"{us:>20.5g}" if us else f"{'':>20}"
         best = found.get(f"{kind} kernel")
-        print(f"{m:>5}{line}  {astuple(Tiles(**best['tiles'])) if best else ''}", flush=True)
+        print(f"{m:>5}{line}  {tuple(Tiles(**best['tiles'])) if best else ''}", flush=True)
     for way in ways:
         if error := next((row["error"] for row in rows if row["way"] == way and "error" in row), None):
             print(f"  {way}: {error}")

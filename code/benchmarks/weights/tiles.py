@@ -7,11 +7,10 @@ import functools
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, replace
 from itertools import product as pairs
 
 import torch
-from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles
+from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, kernel_of
 from qwen_vl_streaming.model.quantization import quantize
 from qwen_vl_streaming.model.released import SIZES
 from torch import Tensor
@@ -69,9 +68,7 @@ def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
 
 def parts_of(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     """As `quantized_kernel.partial_products`: with these tiles, where the engine would take some that fit."""
-    from qwen_vl_streaming.engine import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
-
-    return quantized_kernel.partial_products(x, weight, scale, tiles)
+    return kernel_of(tiles).partial_products(x, weight, scale, tiles)
 
 
 @functools.cache
@@ -109,7 +106,7 @@ def compile_kernels(kinds: list[str]) -> set[Tiles]:
         for (each, kind), reason in zip(todo, pool.map(compile_kernel, *zip(*todo, strict=True)), strict=True):
             if reason:
                 print(f"{kind} {each}: {reason}", flush=True)
-                bad.add(replace(each, programs=0))
+                bad.add(each._replace(programs=0))
     print(f"{len(todo)} kernels compiled in {time.perf_counter() - began:.0f} s", flush=True)
     return bad
 
@@ -129,7 +126,7 @@ def tiles_file(rows: list[dict], kind: str, device: str) -> str:
             kernel = found.get(f"{kind} kernel")
             whole = found.get(f"{kind} whole")
             best = kernel and (whole is None or kernel["us"] <= whole["us"])
-            lines.append(f"        ({m}, {astuple(Tiles(**kernel['tiles'])) if best else None}),")
+            lines.append(f"        ({m}, {tuple(Tiles(**kernel['tiles']))[:6] if best else None}),")
         lines.append("    ),")
     body = "\n".join(lines)
     return f'''"""Tiles of the kernel for 8-bit weights, by outputs and inputs of a linear layer.

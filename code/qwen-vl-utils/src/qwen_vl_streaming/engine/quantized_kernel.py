@@ -44,6 +44,11 @@ def pairs_by_byte(kind: torch.dtype) -> str:
     return f"{{ .reg .b32 t, a, b, c; {code} }}"
 
 
+def pair_of_byte(kind: torch.dtype, byte: int) -> str:
+    """PTX that converts one byte of two words ($1, $2) to a pair ($0)."""
+    return f"{{ .reg .b32 t, a, b, c; prmt.b32 t, $1, $2, {0x4400 + 0x1111 * byte}; {_convert_pair(kind, '$0')} }}"
+
+
 def word_to_four(kind: torch.dtype) -> str:
     """PTX that converts a word ($1) to four numbers in their order, in 64 bits ($0)."""
     low, high = _convert_pair(kind, "low"), _convert_pair(kind, "high")

@@ -1,12 +1,17 @@
 """Chooses how a product with 8-bit weights is computed: by one kernel of our own for one or two rows, by another for
-more, and by cuBLAS for many, after the weights are converted. All compute what `quantization.scaled_linear` does.
+more, which there is for Hopper and for other GPUs, and by cuBLAS for many, after the weights are converted. All compute
+what `quantization.scaled_linear` does.
 
-`code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`.
+`code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`, which are those of other GPUs.
 
     M rows   N outputs   K inputs   S parts of a sum over the inputs
 """
 
-from dataclasses import astuple, dataclass, replace
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +26,15 @@ HOPPER = 9
 """Major compute capability."""
 FEW_ROWS = 2
 """Rows up to which the kernel in `few_rows_kernel.py` is the fastest."""
+WARPGROUP_OUTPUTS = 64
+"""Outputs that a warpgroup of the kernel for Hopper multiplies."""
+HOPPER_ROWS = (16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (256, 0)
+"""Rows of a tile, and its further rows, for which the kernel for Hopper is faster than cuBLAS."""
+HOPPER_MEMORY = 232_448 - 1024
+"""Bytes of shared memory that the stages of the kernel for Hopper may take."""
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """How the kernel divides a product among programs."""
 
     outputs: int
@@ -38,6 +48,8 @@ class Tiles:
     warps: int
     stages: int
     """Groups of inputs that are loaded ahead, and one."""
+    warpgroups: int = 0
+    """Warpgroups that multiply, each WARPGROUP_OUTPUTS; 0 for the kernel for other GPUs than Hopper."""
 
     def parts(self, outputs: int, inputs: int) -> tuple[int, int]:
         """S, the most programs that compute parts of one tile, and how many groups of inputs a program has."""
@@ -63,16 +75,19 @@ class Tiles:
         tiles = self
         while tiles.shared_memory(capability) > memory and tiles.rows > 16:
             if tiles.stages > 2:
-                tiles = replace(tiles, stages=tiles.stages - 1)
+                tiles = tiles._replace(stages=tiles.stages - 1)
             else:
-                tiles = replace(tiles, rows=tiles.rows // (1 if tiles.more_rows else 2), more_rows=0)
+                tiles = tiles._replace(rows=tiles.rows // (1 if tiles.more_rows else 2), more_rows=0)
         return tiles
 
 
-def choose_tiles(rows: int, outputs: int, inputs: int) -> Tiles | None:
+def choose_tiles(rows: int, outputs: int, inputs: int, processors: int = 0) -> Tiles | None:
     """The tiles for a product of M `rows`, N `outputs` and K `inputs`, measured on an H200, or None if another way is
-    faster than the kernel. Other sizes have those of the measured size with the nearest number of weights. Not all fit
-    every GPU: see `fit_tiles`."""
+    faster than the kernel. With the number of `processors` of a Hopper GPU, they are for its kernel. Without it, other
+    sizes have those of the measured size with the nearest number of weights, and not all fit every GPU: see
+    `fit_tiles`."""
+    if processors:
+        return _hopper_tiles(rows, outputs, processors)
     measured = min(TILES, key=lambda shape: abs(shape[0] * shape[1] - outputs * inputs))
     for most, tiles in TILES[measured]:
         if rows <= most:
@@ -80,8 +95,37 @@ def choose_tiles(rows: int, outputs: int, inputs: int) -> Tiles | None:
     return None
 
 
+def _hopper_tiles(rows: int, outputs: int, processors: int) -> Tiles | None:
+    """For one program on each of the `processors`, of three warpgroups where the `outputs` of two would be too few to
+    hide the loads of rows."""
+    width = next((width for width in HOPPER_ROWS if rows <= sum(width)), None)
+    if width is None:
+        return None
+    warpgroups = 3 if outputs > WARPGROUP_OUTPUTS * processors and rows <= 128 else 2
+    stage = GROUP * (warpgroups * WARPGROUP_OUTPUTS + 2 * sum(width))
+    tile = warpgroups * WARPGROUP_OUTPUTS
+    return Tiles(tile, *width, processors, 4 * warpgroups, min(8, HOPPER_MEMORY // stage), warpgroups)
+
+
+@functools.cache
+def _hopper_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.multi_processor_count if gpu.major == HOPPER else 0
+
+
+# The compiler would not trace a device's properties.
+hopper_processors: Callable[[torch.device], int] = torch.compiler.assume_constant_result(
+    lambda device: _hopper_processors(device)
+)
+"""The number of processors of a device if it runs the kernel for Hopper, else 0."""
+
+
 def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
     """`tiles` as they fit in the shared memory of the GPU `device`."""
+    if tiles.warpgroups:
+        return tiles
     gpu = torch.cuda.get_device_properties(device)
     return tiles.fit((gpu.major, gpu.minor), gpu.shared_memory_per_block_optin)
 
@@ -133,7 +177,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, weight)
     if not _has_kernels(x):
         return scaled_linear(x, weight, scale)
-    tiles = choose_tiles(x.shape[:-1].numel(), *weight.shape)
+    tiles = choose_tiles(x.shape[:-1].numel(), *weight.shape, processors=hopper_processors(x.device))
     if tiles is not None:
         return kernel_product(x, weight, scale, tiles)
     return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
@@ -141,7 +185,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
 
 def kernel_product(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
     """`x` (..., K) times the 8-bit `weight` (N, K) times `scale` (N,), by the kernel."""
-    parts = partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, list(astuple(tiles)))
+    parts = partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, list(tiles))
     total = sum_parts(parts, tiles, *weight.shape).to(x.dtype)
     return total.view(*x.shape[:-1], len(weight))
 
@@ -166,14 +210,19 @@ def interleave(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1, GROUP // 4, 4).transpose(-1, -2).reshape(x.shape)
 
 
+def kernel_of(tiles: Tiles) -> ModuleType:
+    """The module of the kernel for `tiles`, imported here, because Triton is only installed where PyTorch supports a
+    GPU."""
+    return importlib.import_module(".hopper_kernel" if tiles.warpgroups else ".quantized_kernel", __package__)
+
+
 # Opaque to the compiler, which sums the parts together with what follows.
 @torch.library.custom_op("qwen_vl_streaming::partial_products", mutates_args=())
 def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: list[int]) -> Tensor:
     """As `quantized_kernel.partial_products`, with `tiles` as they fit on the GPU."""
-    from . import quantized_kernel  # Triton is only installed where PyTorch supports a GPU
-
     # Chosen here, where the compiler does not look: it would guard on, or not trace, a device's properties.
-    return quantized_kernel.partial_products(x.contiguous(), weight, scale, fit_tiles(Tiles(*tiles), x.device))
+    fitting = fit_tiles(Tiles(*tiles), x.device)
+    return kernel_of(fitting).partial_products(x.contiguous(), weight, scale, fitting)
 
 
 @partial_products.register_fake
