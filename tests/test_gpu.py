@@ -268,7 +268,8 @@ def test_the_kernel_for_8_bit_weights_equals_the_plain_form(kind, width):
 @pytest.mark.parametrize("shape", [(320, 640), (4608, 3584), (8520, 1280)], ids=str)
 def test_the_kernel_for_hopper_equals_the_plain_form(shape, width, kind):
     """For rows that do and do not fill a program, with whole tiles and parts, also where outputs do not fill one, with
-    fewer groups of inputs than stages and more. The bits are the same each time."""
+    fewer groups of inputs than stages and more. Kernels for other rows follow at once, each of which begins while the
+    one before still runs. The bits are the same each time."""
     if not (processors := hopper_processors(torch.device("cuda"))):
         pytest.skip("needs a Hopper GPU")
     print("seed", SEED)
@@ -276,13 +277,14 @@ def test_the_kernel_for_hopper_equals_the_plain_form(shape, width, kind):
     weight, scale = quantize(torch.randn(shape, device="cuda"), kind)
     tiles = choose_tiles(sum(width), *shape, processors)
     for rows in (3, sum(width) - 1, sum(width), sum(width) + 3):
-        x = torch.randn(1, rows, shape[1], device="cuda", dtype=torch.bfloat16)
-        expected = x.float() @ (weight.float() * scale[:, None]).T
+        each = [torch.randn(1, rows, shape[1], device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        expected = [x.float() @ (weight.float() * scale[:, None]).T for x in each]
         for programs in (0, 1, 7, processors):
-            found = kernel_product(x, weight, scale, tiles._replace(programs=programs))
-            assert (found.float() - expected).abs().max() < 1e-2 * expected.abs().max(), (rows, programs)
-            for _ in range(5):
-                assert torch.equal(kernel_product(x, weight, scale, tiles._replace(programs=programs)), found)
+            mine = tiles._replace(programs=programs)
+            found = [kernel_product(x, weight, scale, mine) for x in each + each]
+            for product_of, exact in zip(found, expected + expected, strict=True):
+                assert (product_of.float() - exact).abs().max() < 1e-2 * exact.abs().max(), (rows, programs)
+            assert all(map(torch.equal, found[:4], found[4:])), (rows, programs)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -39,12 +40,18 @@ def test_tiles_share_the_work_among_all_processors(shape, processors):
 
 
 def test_only_hopper_has_the_kernel(monkeypatch):
+    pytest.importorskip("triton")
+    known = quantized_linear._hopper_processors
+    monkeypatch.setattr(quantized_linear, "_hopper_processors", known.__wrapped__)
     assert hopper_processors(torch.device("cpu")) == 0
-    gpus = {"cuda:3": (8, 108), "cuda:4": (9, 114), "cuda:5": (10, 148)}  # answers are kept
-    for name, (major, processors) in gpus.items():
-        gpu = type("GPU", (), {"major": major, "multi_processor_count": processors})
+    for major, processors in ((8, 108), (9, 114), (10, 148)):
+        gpu = SimpleNamespace(major=major, multi_processor_count=processors)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
-        assert hopper_processors(torch.device(name)) == (processors if major == 9 else 0)
+        assert hopper_processors(torch.device("cuda")) == (processors if major == 9 else 0)
+    gpu.major = 9
+    monkeypatch.setitem(sys.modules, "triton.experimental.gluon.nvidia.hopper", None)  # not in this Triton
+    monkeypatch.delitem(sys.modules, "qwen_vl_streaming.engine.hopper_kernel", raising=False)
+    assert hopper_processors(torch.device("cuda")) == 0
 
 
 @pytest.mark.parametrize("rows", [5, 96])
@@ -107,9 +114,13 @@ def test_weights_are_converted_while_tensor_cores_multiply(outputs, width, kind,
     """The assembler waits for each multiplication, and only says so, if registers are used in ways that it does not
     follow. What one program takes fits a processor."""
     triton = pytest.importorskip("triton")
+    from qwen_vl_streaming.engine import hopper_kernel
+
     tiles = choose_tiles(sum(width), outputs, 3584, 132)
     found = compiled(tiles, kind, True)
-    assert found.metadata.shared <= MEMORY and found.metadata.num_warps == 4 * (tiles.warpgroups + 1)
+    assert found.metadata.shared <= tiles.shared_memory((9, 0)) <= MEMORY and found.metadata.num_warps == 4 * (
+        tiles.warpgroups + 1
+    )
     (tmp_path / "kernel.ptx").write_text(found.asm["ptx"])
     said = subprocess.run(
         [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", "kernel.ptx", "-o", "kernel.cubin"],
@@ -117,8 +128,18 @@ def test_weights_are_converted_while_tensor_cores_multiply(outputs, width, kind,
     ).stderr  # fmt: skip
     assert "serialized" not in said, said
     assert re.search(r"Used \d+ registers", said) and re.search(r"\b0 bytes spill stores", said), said
-    of_thread = re.findall(r"setmaxnreg\.inc\S+\s+(\d+)", found.asm["ptx"])
-    assert of_thread and 128 * tiles.warpgroups * min(map(int, of_thread)) <= REGISTERS
+    # Registers that warpgroups take when they begin to multiply, and what remains for others.
+    registers = {(way, int(count)) for way, count in re.findall(r"setmaxnreg\.(\w+)\S+\s+(\d+)", found.asm["ptx"])}
+    loader = hopper_kernel.LOADER_REGISTERS.value
+    others = hopper_kernel.THREAD_REGISTERS[tiles.warpgroups]
+    all_threads = int(re.search(r"\.maxnreg (\d+)", found.asm["ptx"])[1]) * (tiles.warpgroups + 1)
+    first = all_threads - others * (tiles.warpgroups - 1) - loader
+    assert {("inc", others), ("dec", first), ("dec", loader)} <= registers
+    assert others <= first and 128 * all_threads <= REGISTERS
+    # Each part but the last of a group is multiplied while the next is converted.
+    each = [2, 2, 2, 0] if tiles.more_rows else [1, 1, 1, 0]
+    waits = [int(count) for count in re.findall(r"wgmma\.wait_group\S*\s+(\d+)", found.asm["ptx"])]
+    assert [count for count in waits if count or 0 not in each] == each[:3] * tiles.warpgroups
 
 
 @pytest.mark.parametrize("dependent", [True, False])

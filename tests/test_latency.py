@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.colors
+import matplotlib.image
 import pytest
 import torch
 from latency import floors
@@ -173,6 +175,22 @@ def test_plots_are_written(folder):
     for name in ("sweep", "tiny-lanes", "tiny-delay", "tiny-long"):
         plot = (folder / f"{name}.png").read_bytes()
         assert plot.startswith(b"\x89PNG") and len(plot) > 10_000
+
+
+def test_sweeps_of_8_bit_weights_are_marked(tmp_path):
+    """Hollow: a mark has fewer pixels of its colour than one of the same size that is filled."""
+    inked = {}
+    for kind in (None, "int8"):
+        sweep = {"r": 2.0, "ways": {"fused auto": {"speed_up": 1.25, "share": 0.9}}}
+        (tmp_path / str(kind)).mkdir()
+        (tmp_path / str(kind) / "7B-sweep.json").write_text(
+            json.dumps({"about": {"size": "7B", "weights": kind}, "points": {"1x16": sweep}})
+        )
+        done = latency("plot", **{"--output": str(tmp_path / str(kind))})
+        assert done.returncode == 0, done.stderr
+        pixels = matplotlib.image.imread(tmp_path / str(kind) / "sweep.png")[..., :3]
+        inked[kind] = int((abs(pixels - matplotlib.colors.to_rgb("#D55E00")).max(-1) < 0.02).sum())
+    assert 0 < inked["int8"] < inked[None]
 
 
 def test_errors_are_one_line():

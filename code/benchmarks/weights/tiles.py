@@ -67,7 +67,7 @@ def candidates(m: int, n: int, k: int, processors: int) -> list[Tiles]:
 
 
 def parts_of(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
-    """As `quantized_kernel.partial_products`: with these tiles, where the engine would take some that fit."""
+    """As `quantized_linear.partial_products`: with these tiles, where the engine would take some that fit."""
     return kernel_of(tiles).partial_products(x, weight, scale, tiles)
 
 
@@ -131,9 +131,9 @@ def tiles_file(rows: list[dict], kind: str, device: str) -> str:
     body = "\n".join(lines)
     return f'''"""Tiles of the kernel for 8-bit weights, by outputs and inputs of a linear layer.
 
-Up to how many rows the kernel uses which tiles. With more rows, and where there are none, another way is faster: see
-`quantized_linear.py`. Written by `code/benchmarks/weights.py products --tiles`, which measured them on an
-{device}.
+Up to how many rows the kernel for GPUs other than Hopper uses which tiles. With more rows, and where there are none,
+another way is faster: see `quantized_linear.py`. Written by `code/benchmarks/weights.py products --tiles`, which
+measured them on an {device}.
 """
 
 TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {{

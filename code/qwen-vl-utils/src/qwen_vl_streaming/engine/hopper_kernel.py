@@ -36,7 +36,7 @@ INT8_PAIRS = gl.constexpr(tuple(pair_of_byte(torch.int8, byte) for byte in range
 FP8_PAIRS = gl.constexpr(tuple(pair_of_byte(torch.float8_e4m3fn, byte) for byte in range(4)))
 FIRST, SECOND, THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 THREAD_REGISTERS = {2: 240, 3: 160}
-"""Of a thread that multiplies, by warpgroups."""
+"""Of a thread that multiplies, by warpgroups. Triton gives the first of them what the others leave: 240, or 168."""
 LOADER_REGISTERS = gl.constexpr(24)
 
 
@@ -258,7 +258,8 @@ def _blocks(x: Tensor, rows: int, inputs: int, kind: gl.dtype) -> TensorDescript
 
 
 def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
-    """As `quantized_kernel.partial_products`, for `tiles` with warpgroups."""
+    """As `quantized_kernel.partial_products`, for `tiles` with warpgroups. `x` and `weight` begin at multiples of 16
+    bytes, as all tensors do that are no views."""
     (m, k), n = x.shape, len(weight)
     parts, share = tiles.parts(n, k)
     output = torch.empty(parts, m, n, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)

@@ -30,15 +30,17 @@ WARPGROUP_OUTPUTS = 64
 """Outputs that a warpgroup of the kernel for Hopper multiplies."""
 HOPPER_ROWS = (16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (256, 0)
 """Rows of a tile, and its further rows, for which the kernel for Hopper is faster than cuBLAS."""
-HOPPER_MEMORY = 232_448 - 1024
-"""Bytes of shared memory that the stages of the kernel for Hopper may take."""
+HOPPER_MEMORY = 232_448
+"""Bytes of shared memory of a program on Hopper."""
+MOST_STAGES = 8
+"""Of the kernel for Hopper."""
 
 
 class Tiles(NamedTuple):
     """How the kernel divides a product among programs."""
 
     outputs: int
-    """Outputs of a tile, a power of two from 16."""
+    """Outputs of a tile: a power of two from 16, or WARPGROUP_OUTPUTS for each warpgroup."""
     rows: int
     """Rows of a tile, a power of two from 16."""
     more_rows: int
@@ -46,6 +48,7 @@ class Tiles(NamedTuple):
     programs: int
     """Programs among which all tiles and groups of inputs are divided evenly; 0 for a program for each tile."""
     warps: int
+    """Warps that multiply."""
     stages: int
     """Groups of inputs that are loaded ahead, and one."""
     warpgroups: int = 0
@@ -64,6 +67,8 @@ class Tiles(NamedTuple):
         """Bytes of shared memory that the kernel takes on a GPU of this compute capability. That of Triton 3.8; earlier
         versions take less."""
         rows = self.rows + self.more_rows
+        if self.warpgroups:
+            return GROUP * self.stages * (self.outputs + 2 * rows) + 1024  # for barriers and what Triton needs
         ahead = self.stages - (capability[0] != HOPPER)  # Hopper's tensor cores read rows from shared memory
         loads = GROUP * (self.stages * self.outputs + 2 * ahead * rows)
         words = 64 * self.outputs * (2 if self.more_rows else 1)  # converted, or exchanged between threads
@@ -96,34 +101,37 @@ def choose_tiles(rows: int, outputs: int, inputs: int, processors: int = 0) -> T
 
 
 def _hopper_tiles(rows: int, outputs: int, processors: int) -> Tiles | None:
-    """For one program on each of the `processors`, of three warpgroups where the `outputs` of two would be too few to
-    hide the loads of rows."""
+    """For one program on each of the `processors`. Three warpgroups share the loads of rows instead of two, where there
+    are enough `outputs` to occupy all processors, and registers for the rows."""
     width = next((width for width in HOPPER_ROWS if rows <= sum(width)), None)
     if width is None:
         return None
     warpgroups = 3 if outputs > WARPGROUP_OUTPUTS * processors and rows <= 128 else 2
-    stage = GROUP * (warpgroups * WARPGROUP_OUTPUTS + 2 * sum(width))
-    tile = warpgroups * WARPGROUP_OUTPUTS
-    return Tiles(tile, *width, processors, 4 * warpgroups, min(8, HOPPER_MEMORY // stage), warpgroups)
+    tiles = Tiles(WARPGROUP_OUTPUTS * warpgroups, *width, processors, 4 * warpgroups, MOST_STAGES, warpgroups)
+    return tiles.fit((HOPPER, 0), HOPPER_MEMORY)
 
 
 @functools.cache
 def _hopper_processors(device: torch.device) -> int:
-    if device.type != "cuda":
+    if device.type != "cuda" or (gpu := torch.cuda.get_device_properties(device)).major != HOPPER:
         return 0
-    gpu = torch.cuda.get_device_properties(device)
-    return gpu.multi_processor_count if gpu.major == HOPPER else 0
+    try:
+        importlib.import_module(".hopper_kernel", __package__)
+    except ImportError:  # a Triton whose Gluon, which is experimental, is another
+        return 0
+    return gpu.multi_processor_count
 
 
 # The compiler would not trace a device's properties.
 hopper_processors: Callable[[torch.device], int] = torch.compiler.assume_constant_result(
     lambda device: _hopper_processors(device)
 )
-"""The number of processors of a device if it runs the kernel for Hopper, else 0."""
+"""The number of processors of a device if it runs the kernel for Hopper, else 0: on other GPUs, and where Triton lacks
+what the kernel needs."""
 
 
 def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
-    """`tiles` as they fit in the shared memory of the GPU `device`."""
+    """`tiles` as they fit in the shared memory of the GPU `device`, as those for Hopper do."""
     if tiles.warpgroups:
         return tiles
     gpu = torch.cuda.get_device_properties(device)

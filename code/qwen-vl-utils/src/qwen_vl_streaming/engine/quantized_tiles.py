@@ -1,8 +1,8 @@
 """Tiles of the kernel for 8-bit weights, by outputs and inputs of a linear layer.
 
-Up to how many rows the kernel uses which tiles. With more rows, and where there are none, another way is faster: see
-`quantized_linear.py`. Written by `code/benchmarks/weights.py products --tiles`, which measured them on an
-NVIDIA H200.
+Up to how many rows the kernel for GPUs other than Hopper uses which tiles. With more rows, and where there are none,
+another way is faster: see `quantized_linear.py`. Written by `code/benchmarks/weights.py products --tiles`, which
+measured them on an NVIDIA H200.
 """
 
 TILES: dict[tuple[int, int], tuple[tuple[int, tuple[int, int, int, int, int, int] | None], ...]] = {
