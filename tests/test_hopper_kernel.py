@@ -54,10 +54,9 @@ def test_only_hopper_has_the_kernel(monkeypatch):
     assert hopper_processors(torch.device("cuda")) == 0
 
 
-@pytest.mark.parametrize("rows", [5, 96])
-def test_the_compiler_follows_the_choice_of_tiles(rows, monkeypatch):
-    """Without a graph break, with stand-ins for the GPU and the kernel."""
-    taken = []
+def test_the_compiler_follows_the_choice_of_tiles(monkeypatch):
+    """Without a graph break, and once for all rows with the same tiles. With stand-ins for the GPU and the kernel."""
+    taken, graphs = [], []
 
     def partial_products(x, weight, scale, tiles):
         taken.append(tiles)
@@ -66,14 +65,21 @@ def test_the_compiler_follows_the_choice_of_tiles(rows, monkeypatch):
         parts[0] = scaled_linear(x[:, inputs].float(), weight, scale)
         return parts
 
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
     monkeypatch.setattr(quantized_linear, "_has_kernels", lambda x: True)
     monkeypatch.setattr(quantized_linear, "_hopper_processors", lambda device: 132)
     monkeypatch.setattr(quantized_linear, "kernel_of", lambda tiles: SimpleNamespace(partial_products=partial_products))
     torch._dynamo.reset()
-    product = torch.compile(quantized_linear.product, fullgraph=True, backend="eager", dynamic=False)
-    x, (weight, scale) = torch.randn(1, rows, 640, dtype=torch.bfloat16), quantize(torch.randn(1280, 640), "int8")
-    torch.testing.assert_close(product(x, weight, scale), scaled_linear(x, weight, scale), atol=0.1, rtol=0.02)
-    assert taken[-1] == choose_tiles(rows, 1280, 640, 132) and taken[-1].parts(1280, 640)[0] > 1
+    product = torch.compile(quantized_linear.product, fullgraph=True, backend=backend, dynamic=True)
+    weight, scale = quantize(torch.randn(1280, 640), "int8")
+    for rows in (5, 9, 70, 80, 96, 91, 16):
+        x = torch.randn(1, rows, 640, dtype=torch.bfloat16)
+        torch.testing.assert_close(product(x, weight, scale), scaled_linear(x, weight, scale), atol=0.1, rtol=0.02)
+        assert taken[-1] == choose_tiles(rows, 1280, 640, 132) and taken[-1].parts(1280, 640)[0] > 1
+    assert len(graphs) == 2  # up to 16 rows, and 65 to 96
 
 
 def compiled(tiles: Tiles, kind: torch.dtype, dependent: bool):

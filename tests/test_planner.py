@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from media import make_video
+from program_server import with_server
 from qwen_vl_streaming.common.errors import InputError
 from qwen_vl_streaming.common.errors import run as run_program
 from qwen_vl_streaming.devices import Devices
@@ -749,7 +750,7 @@ def test_a_plan_for_a_machine_that_is_not_here(made):
     environment = {**os.environ, "QWEN2_5_VL_MODEL_PATH": str(made[0]), "QWEN2_5_VL_TRAIN_DATA": str(made[1])}
     done = subprocess.run(
         ["bash", SCRIPT, "--plan", "--gpus", "8xH100-80GB"],
-        env={**environment, "NNODES": "2", "MASTER_ADDR": "x"},
+        env=with_server({**environment, "NNODES": "2", "MASTER_ADDR": "x"}),
         capture_output=True,
         text=True,
     )

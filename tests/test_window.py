@@ -50,34 +50,33 @@ def test_a_window_that_reuses_blocks_equals_the_reference(model, variant, mode, 
     """More clips and tokens than blocks; replayed in serial mode without blocks, and in one full pass."""
     print("seed", SEED)
     draw = random.Random(f"{SEED} {variant.name} {mode}")
-    for number in range(2):
-        case = long_case(draw, variant, 70)
-        window = draw.choice([(1, 1), (3, 5), (20, 40)])
-        most = 30 if not variant.streams else 250
-        path = tmp_path / f"{number}.json"
-        session = open_session(
-            model,
-            variant,
-            case.template,
-            case.layout,
-            mode=mode,
-            schedule=case.schedule,
-            window=window,
-            max_clips=5,
-            max_new_tokens=most,
-            **draw.choice([{}, {"chunk": 4}, {"chunks": 3}] if mode == "fused" else [{}, {"chunk": 4}]),
-            ahead=draw.choice([0, 2]),
-            record=path,
-        )
-        with session:
-            watch(session, case.pixels, draw)
-        assert len(session.counts) == 70 or len(session.written) == most
-        visual = session.rounds.batch_slot.visual
-        assert visual.last_block >= len(visual.blocks)  # blocks were reused
-        assert len(visual.blocks) * BLOCK_SIZE < 70 * 9
-        record = read_record(path)
-        assert record.window == list(window)
-        assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
+    case = long_case(draw, variant, 70)
+    window = draw.choice([(1, 1), (3, 5), (20, 40)])
+    most = 30 if not variant.streams else 250
+    path = tmp_path / "record.json"
+    session = open_session(
+        model,
+        variant,
+        case.template,
+        case.layout,
+        mode=mode,
+        schedule=case.schedule,
+        window=window,
+        max_clips=5,
+        max_new_tokens=most,
+        **draw.choice([{}, {"chunk": 4}, {"chunks": 3}] if mode == "fused" else [{}, {"chunk": 4}]),
+        ahead=draw.choice([0, 2]),
+        record=path,
+    )
+    with session:
+        watch(session, case.pixels, draw)
+    assert len(session.counts) == 70 or len(session.written) == most
+    visual = session.rounds.batch_slot.visual
+    assert visual.last_block >= len(visual.blocks)  # blocks were reused
+    assert len(visual.blocks) * BLOCK_SIZE < 70 * 9
+    record = read_record(path)
+    assert record.window == list(window)
+    assert all(difference.tie for difference in replay(record, model, list(case.pixels)))
 
 
 def test_the_rule_of_the_window():

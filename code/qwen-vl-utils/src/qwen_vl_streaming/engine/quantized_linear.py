@@ -236,7 +236,8 @@ def partial_products(x: Tensor, weight: Tensor, scale: Tensor, tiles: list[int])
 @partial_products.register_fake
 def _(x, weight, scale, tiles):
     parts, _ = Tiles(*tiles).parts(*weight.shape)
-    return x.new_empty(parts, len(x), len(weight), dtype=x.dtype if parts == 1 else torch.float32)
+    # len(x) would be a number, and each number of rows would be compiled anew.
+    return x.new_empty(parts, x.shape[0], len(weight), dtype=x.dtype if parts == 1 else torch.float32)
 
 
 @torch.library.custom_op("qwen_vl_streaming::few_rows_product", mutates_args=())
@@ -252,7 +253,7 @@ def few_rows_product(
 
 @few_rows_product.register_fake
 def _(x, weight, scale, added=None, gated=False):
-    return x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+    return x.new_empty(x.shape[0], len(weight) // 2 if gated else len(weight))
 
 
 @torch.library.custom_op("qwen_vl_streaming::converted", mutates_args=())
