@@ -39,7 +39,8 @@ def test_tiles_share_the_work_among_all_processors(shape, processors):
     assert choose_tiles(96, 37_888, 3584, 132).warpgroups == 3 and choose_tiles(96, 3584, 3584, 132).warpgroups == 2
 
 
-def test_only_hopper_has_the_kernel(monkeypatch):
+def test_only_hopper_has_the_kernel(monkeypatch, caplog):
+    """Where Triton lacks what it needs, that is reported, and products are computed as on other GPUs."""
     pytest.importorskip("triton")
     known = quantized_linear._hopper_processors
     monkeypatch.setattr(quantized_linear, "_hopper_processors", known.__wrapped__)
@@ -48,10 +49,12 @@ def test_only_hopper_has_the_kernel(monkeypatch):
         gpu = SimpleNamespace(major=major, multi_processor_count=processors)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, gpu=gpu: gpu)
         assert hopper_processors(torch.device("cuda")) == (processors if major == 9 else 0)
+    assert not caplog.messages
     gpu.major = 9
     monkeypatch.setitem(sys.modules, "triton.experimental.gluon.nvidia.hopper", None)  # not in this Triton
     monkeypatch.delitem(sys.modules, "qwen_vl_streaming.engine.hopper_kernel", raising=False)
     assert hopper_processors(torch.device("cuda")) == 0
+    assert len(caplog.messages) == 1 and "gluon" in caplog.messages[0] and "requirements.txt" in caplog.messages[0]
 
 
 def test_the_compiler_follows_the_choice_of_tiles(monkeypatch):
@@ -124,9 +127,8 @@ def test_weights_are_converted_while_tensor_cores_multiply(outputs, width, kind,
 
     tiles = choose_tiles(sum(width), outputs, 3584, 132)
     found = compiled(tiles, kind, True)
-    assert found.metadata.shared <= tiles.shared_memory((9, 0)) <= MEMORY and found.metadata.num_warps == 4 * (
-        tiles.warpgroups + 1
-    )
+    assert found.metadata.shared <= tiles.shared_memory((9, 0)) <= MEMORY
+    assert found.metadata.num_warps == tiles.warps + 4
     (tmp_path / "kernel.ptx").write_text(found.asm["ptx"])
     said = subprocess.run(
         [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", "sm_90a", "kernel.ptx", "-o", "kernel.cubin"],
@@ -143,13 +145,12 @@ def test_weights_are_converted_while_tensor_cores_multiply(outputs, width, kind,
     assert {("inc", others), ("dec", first), ("dec", loader)} <= registers
     assert others <= first and 128 * all_threads <= REGISTERS
     # Each part but the last of a group is multiplied while the next is converted.
-    each = [2, 2, 2, 0] if tiles.more_rows else [1, 1, 1, 0]
     waits = [int(count) for count in re.findall(r"wgmma\.wait_group\S*\s+(\d+)", found.asm["ptx"])]
-    assert [count for count in waits if count or 0 not in each] == each[:3] * tiles.warpgroups
+    assert [count for count in waits if count] == 3 * tiles.warpgroups * [2 if tiles.more_rows else 1]
 
 
 @pytest.mark.parametrize("dependent", [True, False])
-def test_only_weights_are_loaded_before_the_kernel_before_has_ended(dependent):
+def test_only_weights_are_loaded_while_the_previous_kernel_runs(dependent):
     pytest.importorskip("triton")
     ptx = compiled(choose_tiles(92, 3584, 3584, 132), torch.int8, dependent).asm["ptx"]
     found = re.findall(r"griddepcontrol\.\w+|cp\.async\.bulk\.tensor", ptx)

@@ -1,8 +1,8 @@
-"""The kernel for products of few to many rows with 8-bit weights on NVIDIA Hopper, in Gluon. Imported on a GPU only.
+"""The kernel for products of 3 to 256 rows with 8-bit weights on NVIDIA Hopper, in Gluon. Imported on a GPU only.
 
 A program takes a whole processor. One of its warps loads weights and rows into shared memory, several groups of inputs
 ahead. Each of its two or three warpgroups converts the weights of 64 outputs in registers, one of four parts at a time,
-while tensor cores multiply the part before. Weights of the first groups are loaded before the kernel before has ended.
+while tensor cores multiply the part before. The first weights are loaded while the previous kernel still runs.
 
     M rows   N outputs   K inputs   S parts of a sum over the inputs
 """

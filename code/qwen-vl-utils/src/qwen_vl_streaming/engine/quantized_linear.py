@@ -1,14 +1,15 @@
 """Chooses how a product with 8-bit weights is computed: by one kernel of our own for one or two rows, by another for
-more, which there is for Hopper and for other GPUs, and by cuBLAS for many, after the weights are converted. All compute
-what `quantization.scaled_linear` does.
+more (one for Hopper, one for other GPUs), and by cuBLAS for many, after the weights are converted. All compute what
+`quantization.scaled_linear` does.
 
-`code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`, which are those of other GPUs.
+`code/benchmarks/weights.py` measures the choices and writes `quantized_tiles.py`, for the GPUs other than Hopper.
 
     M rows   N outputs   K inputs   S parts of a sum over the inputs
 """
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from transformers.activations import SiLUActivation
 from ..model.quantization import scaled_linear
 from .quantized_tiles import TILES
 
+logger = logging.getLogger(__name__)
+
 GROUP = 128
 """Inputs that the kernel loads at a time."""
 HOPPER = 9
@@ -29,9 +32,9 @@ FEW_ROWS = 2
 WARPGROUP_OUTPUTS = 64
 """Outputs that a warpgroup of the kernel for Hopper multiplies."""
 HOPPER_ROWS = (16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (256, 0)
-"""Rows of a tile, and its further rows, for which the kernel for Hopper is faster than cuBLAS."""
+"""Rows of a tile, and its further rows, of the kernel for Hopper. At 7B it is faster than converting the weights."""
 HOPPER_MEMORY = 232_448
-"""Bytes of shared memory of a program on Hopper."""
+"""Bytes of shared memory that a program can take on Hopper."""
 MOST_STAGES = 8
 """Of the kernel for Hopper."""
 
@@ -52,7 +55,7 @@ class Tiles(NamedTuple):
     stages: int
     """Groups of inputs that are loaded ahead, and one."""
     warpgroups: int = 0
-    """Warpgroups that multiply, each WARPGROUP_OUTPUTS; 0 for the kernel for other GPUs than Hopper."""
+    """Warpgroups that multiply, each WARPGROUP_OUTPUTS; 0 for the kernel for GPUs other than Hopper."""
 
     def parts(self, outputs: int, inputs: int) -> tuple[int, int]:
         """S, the most programs that compute parts of one tile, and how many groups of inputs a program has."""
@@ -117,7 +120,8 @@ def _hopper_processors(device: torch.device) -> int:
         return 0
     try:
         importlib.import_module(".hopper_kernel", __package__)
-    except ImportError:  # a Triton whose Gluon, which is experimental, is another
+    except ImportError as error:  # Gluon is experimental: another Triton may lack what the kernel needs
+        logger.warning("8-bit weights are slower here: %s; requirements.txt has versions that were tested", error)
         return 0
     return gpu.multi_processor_count
 
