@@ -19,6 +19,7 @@ from ..model.quantization import QuantizedLinear
 from .paged_attention import MixedAttention, PagedAttention, PrefillAttention
 from .quantized_linear import GROUP, gated_mlp, is_silu, product
 from .ragged_attention import RaggedAttention
+from .rms_norm import product_and_norm, rms_norm
 
 Attention = PagedAttention | MixedAttention | RaggedAttention | PrefillAttention
 
@@ -114,12 +115,6 @@ def _is_fused(parts: Sequence[Tensor]) -> bool:
     return True
 
 
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As in the stock layer, with the mean square in float32."""
-    hidden32 = hidden.float()
-    return weight * (hidden32 * torch.rsqrt(hidden32.pow(2).mean(-1, keepdim=True) + eps)).to(hidden.dtype)
-
-
 def run_layer(weights: FusedProjections, hidden: Tensor, attention: Attention, rotary, layer_cache: Tensor) -> Tensor:
     """Runs one layer over `hidden` (n, Q, C). `rotary` are the cosine and sine of its positions and `layer_cache` the
     layer's keys and values. Returns (n, Q, C)."""
@@ -134,7 +129,8 @@ def run_layer(weights: FusedProjections, hidden: Tensor, attention: Attention, r
     new_kv = rotated.where(is_key, new_kv).unflatten(1, (2, key_heads))
     attended = attention.forward(query, new_kv, layer_cache, weights.size**-0.5)
     attended = attended.transpose(1, 2).reshape(n, queries, -1)
-    hidden = product(attended, weights.output, weights.output_scale, hidden)
-    normed = rms_norm(hidden, weights.post_attention_norm, weights.eps)
-    up = weights.gate_up, weights.gate_up_scale
-    return gated_mlp(normed, *up, weights.act, weights.down, weights.down_scale, hidden)
+    hidden, normed, interleaved = product_and_norm(
+        attended, weights.output, weights.output_scale, hidden, weights.post_attention_norm, weights.eps
+    )
+    up, down = (weights.gate_up, weights.gate_up_scale), (weights.down, weights.down_scale)
+    return gated_mlp(normed, *up, weights.act, *down, hidden, interleaved)

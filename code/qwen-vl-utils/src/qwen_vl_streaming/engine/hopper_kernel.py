@@ -1,4 +1,4 @@
-"""The kernel for products of 3 to 256 rows with 8-bit weights on NVIDIA Hopper, in Gluon. Imported on a GPU only.
+"""The kernel for products of 3 to 288 rows with 8-bit weights on NVIDIA Hopper, in Gluon. Imported on a GPU only.
 
 A program takes a whole processor. One of its warps loads weights and rows into shared memory, several groups of inputs
 ahead. Each of its two or three warpgroups converts the weights of 64 outputs in registers, one of four parts at a time,

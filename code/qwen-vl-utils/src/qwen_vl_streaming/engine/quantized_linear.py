@@ -31,7 +31,7 @@ FEW_ROWS = 2
 """Rows up to which the kernel in `few_rows_kernel.py` is the fastest."""
 WARPGROUP_OUTPUTS = 64
 """Outputs that a warpgroup of the kernel for Hopper multiplies."""
-HOPPER_ROWS = (16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (256, 0)
+HOPPER_ROWS = (16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (256, 0), (256, 32)
 """Rows of a tile, and its further rows, of the kernel for Hopper. At 7B it is faster than converting the weights."""
 HOPPER_MEMORY = 232_448
 """Bytes of shared memory that a program can take on Hopper."""
@@ -142,13 +142,16 @@ def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
     return tiles.fit((gpu.major, gpu.minor), gpu.shared_memory_per_block_optin)
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None, added: Tensor | None = None) -> Tensor:
-    """`x` (..., K) times `weight` (N, K), plus `added` (..., N). With a `scale` (N,), the weight is in 8 bits."""
+def product(
+    x: Tensor, weight: Tensor, scale: Tensor | None, added: Tensor | None = None, interleaved: bool = False
+) -> Tensor:
+    """`x` (..., K) times `weight` (N, K), plus `added` (..., N). With a `scale` (N,), the weight is in 8 bits; if
+    `tiles_of` has tiles then, `x` may be `interleaved`."""
     if scale is not None and takes_few_rows(x):
         rows = None if added is None else added.reshape(-1, len(weight))
         total = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), weight, scale, rows)
         return total.view(*x.shape[:-1], len(weight))
-    total = _product(x, weight, scale)
+    total = _product(x, weight, scale, interleaved)
     return total if added is None else added + total
 
 
@@ -160,11 +163,13 @@ def gated_mlp(
     down: Tensor,
     down_scale: Tensor | None,
     added: Tensor,
+    interleaved: bool,
 ) -> Tensor:
-    """`added` (..., N) plus `down` (N, C) times `act`(gate) * up, where `gate_up` (2 C, K) times `x` (..., K) are the
-    gates, then the ups. With few rows in 8 bits and SiLU, the product also gates, for which it is no more work."""
+    """`added` (..., N) plus `down` (N, C) times `act`(gate) * up, where `gate_up` (2 C, K) times `x` (..., K), as in
+    `product`, are the gates, then the ups. With few rows in 8 bits and SiLU, the product also gates, for which it is no
+    more work."""
     if gate_up_scale is None or not takes_few_rows(x) or down.shape[1] % GROUP or not is_silu(act):
-        gate, up = product(x, gate_up, gate_up_scale).chunk(2, -1)
+        gate, up = product(x, gate_up, gate_up_scale, None, interleaved).chunk(2, -1)
         return product(act(gate) * up, down, down_scale, added)
     gated = few_rows_product(interleave(x.reshape(-1, x.shape[-1])), gate_up, gate_up_scale, None, True)
     return few_rows_product(gated, down, down_scale, added.reshape(-1, len(down))).view(added.shape)
@@ -184,20 +189,29 @@ def _has_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.bfloat16 and x.shape[-1] % GROUP == 0
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def tiles_of(x: Tensor, weight: Tensor) -> Tiles | None:
+    """The tiles with which the kernel for more rows multiplies `x` (..., K) and the 8-bit `weight` (N, K). None if
+    another kernel or cuBLAS does."""
+    if not _has_kernels(x) or takes_few_rows(x):
+        return None
+    return choose_tiles(x.shape[:-1].numel(), *weight.shape, processors=hopper_processors(x.device))
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None, interleaved: bool) -> Tensor:
     if scale is None:
         return torch.nn.functional.linear(x, weight)
     if not _has_kernels(x):
         return scaled_linear(x, weight, scale)
-    tiles = choose_tiles(x.shape[:-1].numel(), *weight.shape, processors=hopper_processors(x.device))
+    tiles = tiles_of(x, weight)
     if tiles is not None:
-        return kernel_product(x, weight, scale, tiles)
+        return kernel_product(x, weight, scale, tiles, interleaved)
     return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
 
 
-def kernel_product(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles) -> Tensor:
-    """`x` (..., K) times the 8-bit `weight` (N, K) times `scale` (N,), by the kernel."""
-    parts = partial_products(interleave(x.reshape(-1, x.shape[-1])), weight, scale, list(tiles))
+def kernel_product(x: Tensor, weight: Tensor, scale: Tensor, tiles: Tiles, interleaved: bool = False) -> Tensor:
+    """`x` (..., K), `interleaved` or not, times the 8-bit `weight` (N, K) times `scale` (N,), by the kernel."""
+    rows = x.reshape(-1, x.shape[-1])
+    parts = partial_products(rows if interleaved else interleave(rows), weight, scale, list(tiles))
     total = sum_parts(parts, tiles, *weight.shape).to(x.dtype)
     return total.view(*x.shape[:-1], len(weight))
 
