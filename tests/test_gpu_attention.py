@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine.chunk_attention import has_chunk_kernel
+from qwen_vl_streaming.engine.chunk_attention import attend_chunks, has_chunk_kernel
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
+from qwen_vl_streaming.engine.quantized_linear import hopper_processors
 from qwen_vl_streaming.engine.split_kv import kernel_settings
 from qwen_vl_streaming.model.vision_tower import WINDOW, attend_in_windows
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
@@ -60,6 +61,23 @@ def test_attention_of_prefill_chunks(heads, chunks, windowed, dtype):
     assert torch.cuda.max_memory_allocated() - held < layer.nbytes / 2
     expected = plain.forward(query.float(), new.float(), layer.float(), 0.1)
     assert (found.float() - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("listed", [0, 1], ids=["no block", "a block"])
+def test_queries_that_see_no_key(listed):
+    """As in an idle chunk: the output is 0, and weighs nothing beside that of another split."""
+    if not hopper_processors(torch.device("cuda", 0)):
+        pytest.skip("the kernel is for NVIDIA Hopper")
+    numbers = {"dtype": torch.long, "device": "cuda"}
+    query, seen = torch.randn(1, 2, 3 * 43, 128, dtype=torch.bfloat16, device="cuda"), torch.zeros(1, 43, **numbers)
+    seen[0, 40:] = 5 * listed
+    blocks, counts = torch.ones(2, 1, 1, 2, 2, **numbers).int(), torch.zeros(2, 1, 1, 2, **numbers).int()
+    counts[0] = listed
+    slots = torch.zeros(1, **numbers), torch.zeros(2, 1, **numbers), torch.zeros(2, **numbers)
+    cache = torch.randn(2, 2, 256, 128, dtype=torch.bfloat16, device="cuda")
+    output, lse = attend_chunks(query, cache, blocks, counts, seen, torch.zeros_like(seen), None, *slots, 0.25, 1)
+    assert not output[:, :40].any() and (lse[:, :40] == float("-inf")).all()
+    assert output[:, 40:].all() == bool(listed) and lse[:, 40:].isfinite().all() == bool(listed)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from qwen_vl_streaming.engine import quantized_linear
 from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, interleave
 from qwen_vl_streaming.engine.rms_norm import product_and_norm, rms_norm
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
+from test_dependent_launch import assembly
 
 SEED = time.time_ns() % 100_000
 
@@ -77,3 +78,12 @@ def test_a_product_and_its_norm_equal_the_plain_form(kernels, kernel, monkeypatc
         found = quantized_linear.product(normed, *following, None, interleaved)
         expected = scaled_linear(rms_norm(expected, norm, 1e-6), *following)
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-3)
+
+
+def test_the_kernel_waits_first():
+    norm_kernel = pytest.importorskip("qwen_vl_streaming.engine.norm_kernel")
+    types = ["*fp32", *["*bf16"] * 4, "i32"]
+    shape = {"N": 3584, "POWER": 4096, "S": 6, "OUTPUTS": 128, "GROUPS": 28, "SHARE": 6, "EPS": 1e-6}
+    found = assembly(norm_kernel._sum_and_norm, types, shape | {"DEPENDENT": True}, norm_kernel.WARPS)
+    assert found[:2] == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert len(found) > 10 and not any("griddepcontrol" in access for access in found[2:])

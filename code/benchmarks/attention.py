@@ -1,5 +1,5 @@
 """Measures attention alone, with the shapes of the engine's steps: FlexAttention with several kernel_options, and the
-kernel of `chunk_kernel.py` where the engine uses it. The options in `model_runner.py`, `split_kv.py` and
+kernel of `hopper_attention.py` where the engine uses it. The options in `model_runner.py`, `split_kv.py` and
 `ragged_attention.py` were chosen with it.
 
     python code/benchmarks/attention.py --size 7B
@@ -27,13 +27,19 @@ from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
-from qwen_vl_streaming.engine.chunk_attention import is_hopper
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
+from qwen_vl_streaming.engine.quantized_linear import hopper_processors
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
-from qwen_vl_streaming.engine.split_kv import CHUNK_KERNEL_OPTIONS, flex_split_kv, kernel_settings, num_splits
+from qwen_vl_streaming.engine.split_kv import (
+    CHUNK_KERNEL_OPTIONS,
+    flex_split_kv,
+    kernel_settings,
+    num_kernel_splits,
+    num_splits,
+)
 from qwen_vl_streaming.model.released import SIZES, released_config
 from torch import Tensor
 from training import find_device
@@ -130,10 +136,12 @@ class Bench:
         if shape.kind != "clip":
             settings = kernel_settings(cache, *seen.shape, self.groups, options or {})
         else:
-            own = CHUNK_KERNEL_OPTIONS["BLOCK_M"]
-            queries = seen.numel() * self.groups * own // (own if options is None else options["BLOCK_M"])
-            settings = {"splits": splits or num_splits(cache, queries)}
-            settings |= {"use_kernel": True} if options is None else {"kernel_options": options}
+            if options is None:
+                settings = {"splits": num_kernel_splits(cache, *seen.shape, self.groups), "use_kernel": True}
+            else:
+                queries = seen.numel() * self.groups * CHUNK_KERNEL_OPTIONS["BLOCK_M"] // options["BLOCK_M"]
+                settings = {"splits": num_splits(cache, queries), "kernel_options": options}
+            settings["splits"] = splits or settings["splits"]
         slots = torch.arange(len(rows), device=self.device)
         attention = PagedAttention(cache, slots, None, seen, torch.ones_like(seen), self.groups, True, **settings)
         query = self.random(len(rows), self.heads, seen.shape[1], self.size)
@@ -177,7 +185,7 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
 def options_to_try(kind: str, requested: list[str] | None, gpu: bool) -> Iterator[dict | None]:
     """Kernel options for steps of `kind`: None for the engine's kernel, where there is one, its options, then the
     `requested` ones, or a default list if None."""
-    if kind == "clip" and gpu and is_hopper(torch.device("cuda")):
+    if kind == "clip" and gpu and hopper_processors(torch.device("cuda", 0)):
         yield None
     decode = kind == "decode"
     used = {

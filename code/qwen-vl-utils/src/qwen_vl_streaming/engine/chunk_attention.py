@@ -1,27 +1,20 @@
-"""Attention of prefill chunks by a kernel that needs Triton, for torch.compile. `chunk_kernel.py` has the kernel."""
+"""Attention of prefill chunks by the kernel for NVIDIA Hopper in `hopper_attention.py`, for torch.compile."""
 
 import torch
 from torch import Tensor
 
-from ..model.vision_tower import HALF, HAS_TRITON
-from .dependent_launch import HOPPER
+from ..model.vision_tower import HALF
 from .kv_cache import PagedKVCache
+from .quantized_linear import hopper_processors
 
 SIZE = 128
 """The head size of all released models, with which the kernel was tested on a GPU."""
 
 
-def is_hopper(device: torch.device) -> bool:
-    """Whether `device` is of the only kind of GPU on which the kernel was measured."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == HOPPER
-
-
 def has_chunk_kernel(cache: PagedKVCache) -> bool:
     """Whether the kernel takes `cache`; otherwise it is for FlexAttention."""
-    kind, size = cache.store.dtype, cache.store.shape[-1]
-    return HAS_TRITON and is_hopper(cache.store.device) and kind in HALF and size == SIZE
+    store = cache.store
+    return store.dtype in HALF and store.shape[-1] == SIZE and hopper_processors(store.device) > 0
 
 
 # Opaque to the compiler.
@@ -40,12 +33,12 @@ def attend_chunks(
     scale: float,
     splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `chunk_kernel.attend_chunks`."""
-    from . import chunk_kernel  # needs Triton
+    """As `hopper_attention.attend_chunks`."""
+    from . import hopper_attention  # needs Triton
 
     lists, seen = (blocks, counts), (seen_visual, seen_text, window_start)
     slots = batch_slots, kept_tokens, block_start
-    return chunk_kernel.attend_chunks(query.contiguous(), cache, *lists, *seen, *slots, scale, splits)
+    return hopper_attention.attend_chunks(query.contiguous(), cache, *lists, *seen, *slots, scale, splits)
 
 
 @attend_chunks.register_fake

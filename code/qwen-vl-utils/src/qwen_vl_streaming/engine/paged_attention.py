@@ -41,7 +41,7 @@ class PagedAttention:
     splits: int = 1
     """Splits of each slot's keys, see `split_kv.py`. Split i holds blocks i, i + splits, …"""
     use_kernel: bool = False
-    """With `use_flex`, the kernel of `chunk_kernel.py` instead of FlexAttention, with the same lists of blocks."""
+    """With `use_flex`, the kernel of `hopper_attention.py` instead of FlexAttention, with the same lists of blocks."""
 
     def __post_init__(self):
         if self.use_flex:

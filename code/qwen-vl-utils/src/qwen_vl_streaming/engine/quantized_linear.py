@@ -116,12 +116,16 @@ def _hopper_tiles(rows: int, outputs: int, processors: int) -> Tiles | None:
 
 @functools.cache
 def _hopper_processors(device: torch.device) -> int:
-    if device.type != "cuda" or (gpu := torch.cuda.get_device_properties(device)).major != HOPPER:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    if (gpu := torch.cuda.get_device_properties(device)).major != HOPPER:
         return 0
     try:
         importlib.import_module(".hopper_kernel", __package__)
-    except ImportError as error:  # Gluon is experimental: another Triton may lack what the kernel needs
-        logger.warning("8-bit weights are slower here: %s; requirements.txt has versions that were tested", error)
+    except ImportError as error:  # Gluon is experimental: another Triton may lack what the kernels need
+        logger.warning(
+            "clips and 8-bit weights are slower here: %s; requirements.txt has versions that were tested", error
+        )
         return 0
     return gpu.multi_processor_count
 
@@ -130,8 +134,8 @@ def _hopper_processors(device: torch.device) -> int:
 hopper_processors: Callable[[torch.device], int] = torch.compiler.assume_constant_result(
     lambda device: _hopper_processors(device)
 )
-"""The number of processors of a device if it runs the kernel for Hopper, else 0: on other GPUs, and where Triton lacks
-what the kernel needs."""
+"""The number of processors of a device if it runs the kernels for Hopper, else 0: on other GPUs, and where Triton lacks
+what they need."""
 
 
 def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:

@@ -12,7 +12,7 @@ from .chunk_attention import has_chunk_kernel
 from .kv_cache import BLOCK_SIZE, PagedKVCache
 
 CHUNK_KERNEL_OPTIONS: dict = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-"""FlexAttention's kernel_options for prefill chunks, measured on an H200. `chunk_kernel.py` has the same BLOCK_M."""
+"""FlexAttention's kernel_options for prefill chunks, measured on an H200."""
 MAX_SPLITS = 7
 """The most splits of chunks. Combining 8 takes longer, since the compiler makes another kind of kernel."""
 MAX_DECODE_SPLITS = 64
@@ -78,8 +78,9 @@ def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kern
     decoding kernel splits the keys itself. It combines them in three kernels, where one is enough for a single slot,
     whose splits are therefore ours."""
     if queries * groups >= BLOCK_SIZE:
-        splits = num_splits(cache, n * queries * groups)
-        return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": splits, "use_kernel": has_chunk_kernel(cache)}
+        use_kernel = has_chunk_kernel(cache)
+        splits = num_kernel_splits(cache, n, queries, groups) if use_kernel else num_splits(cache, n * queries * groups)
+        return {"kernel_options": CHUNK_KERNEL_OPTIONS, "splits": splits, "use_kernel": use_kernel}
     if n == 1 and (splits := num_decode_splits(cache)) > 1:
         return {"kernel_options": {**kernel_options, "SPLIT_KV": 1}, "splits": splits}
     return {"kernel_options": kernel_options, "splits": 1}
@@ -96,6 +97,21 @@ def num_splits(cache: PagedKVCache, rows: int) -> int:
         """Relative to the time of one block with all keys."""
         each = -(-query_blocks * splits // processors)
         return (each // 2 * 1.5 + each % 2) / splits + (3e-4 * query_blocks * splits if splits > 1 else 0)
+
+    return min(range(1, MAX_SPLITS + 1), key=time)
+
+
+def num_kernel_splits(cache: PagedKVCache, n: int, queries: int, groups: int) -> int:
+    """How many splits take the kernel of `hopper_attention.py` the least time, with n x `queries` of each head. As
+    measured on an H200: a program, which has a processor and BLOCK_SIZE queries of a key head, takes as long to begin
+    and to end as for four blocks of keys. It takes as long as that to combine 800 rows of splits."""
+    programs = n * -(-queries * groups // BLOCK_SIZE) * cache.store.shape[1]
+    processors, blocks = _processors(cache), cache.block_tables.shape[1]
+
+    def time(splits: int) -> float:
+        """In the time of a block of keys."""
+        combining = n * queries * splits / 200 if splits > 1 else 0
+        return -(-programs * splits // processors) * (-(-blocks // splits) + 4) + combining
 
     return min(range(1, MAX_SPLITS + 1), key=time)
 
