@@ -27,6 +27,7 @@ from qwen_vl_streaming.engine.quantized_linear import (
     kernel_product,
     product,
 )
+from qwen_vl_streaming.engine.rms_norm import product_and_norm, rms_norm
 from qwen_vl_streaming.engine.runner import Runner
 from qwen_vl_streaming.engine.step_request import StepRequest
 from qwen_vl_streaming.engine.step_runner import StepRunner
@@ -285,6 +286,24 @@ def test_the_kernel_for_hopper_equals_the_plain_form(shape, width, kind):
             for product_of, exact in zip(found, expected + expected, strict=True):
                 assert (product_of.float() - exact).abs().max() < 1e-2 * exact.abs().max(), (rows, programs)
             assert all(map(torch.equal, found[:4], found[4:])), (rows, programs)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("shape", [(3584, 3584), (2048, 2048)], ids=str)
+def test_a_product_and_its_norm_equal_the_separate_operations(shape, kind):
+    """In bfloat16, rounded where these round, for parts of which all outputs have the same number, and not."""
+    if not hopper_processors(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU")
+    print("seed", SEED)
+    torch.manual_seed(SEED)
+    weight, scale = quantize(torch.randn(shape, device="cuda") / shape[1] ** 0.5, kind)
+    for rows in (3, 95, 288):
+        x, added = (torch.randn(1, rows, shape[0], device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        norm = torch.randn(shape[0], device="cuda", dtype=torch.bfloat16)
+        hidden, normed, interleaved = product_and_norm(x, weight, scale, added, norm, 1e-6)
+        assert interleaved
+        torch.testing.assert_close(hidden, product(x, weight, scale, added), atol=2**-6, rtol=2**-7)
+        torch.testing.assert_close(normed[0], interleave(rms_norm(hidden, norm, 1e-6)[0]), atol=1e-6, rtol=2**-7)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -1,5 +1,5 @@
 """The kernel for attention of clips on Hopper: the machine code that the compiler makes. tests/test_gpu_attention.py
-compares what it computes."""
+compares what it computes; Triton's interpreter does not run Gluon."""
 
 import itertools
 import re

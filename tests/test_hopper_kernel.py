@@ -135,8 +135,9 @@ def test_weights_are_converted_while_tensor_cores_multiply(outputs, width, kind,
         cwd=tmp_path, capture_output=True, text=True, check=True,
     ).stderr  # fmt: skip
     assert "serialized" not in said, said
-    # Some addresses do not fit in registers where many outputs are written, after the loop.
-    assert re.search(r"Used \d+ registers", said) and int(re.search(r"(\d+) bytes spill stores", said)[1]) <= 64, said
+    assert re.search(r"Used \d+ registers", said), said
+    # Of the widest tiles, some addresses do not fit in registers where outputs are written, after the loop.
+    assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= (64 if width == HOPPER_ROWS[-1] else 0), said
     # Registers that warpgroups take when they begin to multiply, and what remains for others.
     registers = {(way, int(count)) for way, count in re.findall(r"setmaxnreg\.(\w+)\S+\s+(\d+)", found.asm["ptx"])}
     loader = hopper_kernel.LOADER_REGISTERS.value

@@ -162,8 +162,9 @@ def test_the_blocks_listed_for_ragged_rows_match_the_rule(splits, monkeypatch):
 
 
 def test_the_number_of_splits_is_the_fastest_of_those_measured(monkeypatch):
-    """On an H200, of 1 to 8 for clips of 91 tokens at 7B, alone with a token, and at 3B, and of larger clips. First
-    FlexAttention, then the kernel for Hopper."""
+    """On an H200. FlexAttention: of 1 to 8 for clips of 91 tokens at 7B, alone with a token, and at 3B, and of larger
+    clips. The kernel for Hopper at 7B: of two to four numbers, but for four clips, whose 3 splits were not measured,
+    and 128 tokens and one, for which 3 take 1% less than 4."""
     monkeypatch.setattr(split_kv, "_processors", lambda cache: 132)
     found = []
     for key_heads, groups, rows in (
@@ -174,9 +175,17 @@ def test_the_number_of_splits_is_the_fastest_of_those_measured(monkeypatch):
         found.append(split_kv.num_splits(cache, rows * groups))
     assert found == [6, 3, 3, 2, 5, 2, 1, 1]
     found = []
-    for n, queries, blocks in ((1, 92, 45), (2, 91, 44), (4, 91, 44), (8, 91, 44), (1, 257, 25), (1, 1025, 49)):
+    for n, queries, blocks in (
+        (1, 92, 45),
+        (2, 91, 44),
+        (4, 91, 44),
+        (8, 91, 44),
+        (1, 129, 49),
+        (1, 257, 25),
+        (1, 1025, 49),
+    ):
         cache = SimpleNamespace(store=torch.zeros(1, 4, 0), block_tables=torch.zeros(1, blocks))
         found.append(split_kv.num_kernel_splits(cache, n, queries, 7))
-    assert found == [5, 3, 3, 2, 2, 1]
+    assert found == [5, 3, 3, 2, 4, 2, 1]
     monkeypatch.undo()
     assert split_kv.num_splits(SimpleNamespace(store=torch.zeros(1, 1, 0)), 1) == 1  # a CPU

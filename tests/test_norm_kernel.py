@@ -1,6 +1,5 @@
 """A product and its RMS norm, by the kernel that adds up parts, in Triton's interpreter, and as the plain form."""
 
-import random
 import time
 from types import SimpleNamespace
 
@@ -44,7 +43,7 @@ def kernel(monkeypatch):
     return norm_kernel
 
 
-@pytest.mark.parametrize("programs", [0, 1, 3, 5, 8, 13])
+@pytest.mark.parametrize("programs", [0, 1, 5, 8, 15])
 def test_parts_are_added_before_the_norm(programs, kernel):
     print("seed", SEED)
     torch.manual_seed(SEED)
@@ -65,7 +64,7 @@ def test_a_product_and_its_norm_equal_the_plain_form(kernels, kernel, monkeypatc
     torch.manual_seed(SEED)
     stand_in = SimpleNamespace(partial_products=parts_of)
     monkeypatch.setattr(quantized_linear, "_has_kernels", lambda x: kernels)
-    monkeypatch.setattr(quantized_linear, "_hopper_processors", lambda device: random.Random(SEED).choice([5, 7, 9]))
+    monkeypatch.setattr(quantized_linear, "_hopper_processors", lambda device: 5)
     monkeypatch.setattr(quantized_linear, "kernel_of", lambda tiles: stand_in)
     weight, scale = quantize(torch.randn(256, 640), "int8")
     following = quantize(torch.randn(384, 256), "int8")

@@ -27,6 +27,7 @@ from evaluation import rates
 from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
+from qwen_vl_streaming.engine.chunk_attention import SIZE
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
@@ -182,10 +183,10 @@ def parse_options(text: str, names: tuple[str, ...]) -> dict:
     return dict(zip(names, sizes, strict=True))
 
 
-def options_to_try(kind: str, requested: list[str] | None, gpu: bool) -> Iterator[dict | None]:
-    """Kernel options for steps of `kind`: None for the engine's kernel, where there is one, its options, then the
+def options_to_try(kind: str, requested: list[str] | None, kernel: bool) -> Iterator[dict | None]:
+    """Kernel options for steps of `kind`: None for the engine's `kernel`, if it has one, its options, then the
     `requested` ones, or a default list if None."""
-    if kind == "clip" and gpu and hopper_processors(torch.device("cuda", 0)):
+    if kind == "clip" and kernel:
         yield None
     decode = kind == "decode"
     used = {
@@ -214,8 +215,9 @@ def main() -> None:
         raise InputError(f"--splits {min(arguments.splits)}: give positive numbers")
     bench = Bench(arguments.size)
     gpu = bench.device == "cuda"
+    kernel = gpu and bench.size == SIZE and hopper_processors(torch.device("cuda", 0)) > 0
     wanted = [shape for shape in (GPU_SHAPES if gpu else CPU_SHAPES) if shape.kind in arguments.steps]
-    every = [(shape, [*options_to_try(shape.kind, arguments.options, gpu)]) for shape in wanted]
+    every = [(shape, [*options_to_try(shape.kind, arguments.options, kernel)]) for shape in wanted]
 
     flop_rate, byte_rate = rates(bench.device)
     name = torch.cuda.get_device_name() if bench.device == "cuda" else "CPU"

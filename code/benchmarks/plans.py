@@ -11,9 +11,9 @@ one checkpoint of each size and one set of videos, those of sft.py. Settings run
 them, and each prints its row when it ends.
 
 Memory is the maximum that PyTorch allocated on any GPU. Steps are timed as in sft.py. The share is that of model FLOP/s
-in a bf16 matrix product of 8192 x 8192 on each GPU; with LoRA too, they are those of full fine-tuning. The start lasts
-to the end of the first step, with a cache of compiled code that all settings of a call share, and that is empty before
-the first.
+in a bf16 matrix product of 8192 x 8192 on each GPU; with LoRA too, they are counted as for full fine-tuning. The
+start lasts to the end of the first step, with a cache of compiled code that all settings of a call share, and that is
+empty before the first.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from .kv_cache import BLOCK_SIZE, TEXT_OFFSET
 
 REGISTERS = gl.constexpr(THREAD_REGISTERS[2])
 HEIGHT, PLACES = 64, 4
-"""Queries of a warpgroup, and keys or values of so many blocks that are loaded at a time: six are not faster."""
+"""Queries of a warpgroup; and places in the ring, each for the keys or the values of one block. Six were not faster."""
 
 
 @gluon.jit
@@ -86,8 +86,8 @@ def _mask(score, start, limits, kept, OFFSET: gl.constexpr, WINDOWED: gl.constex
 
 @gluon.jit
 def _softmax(score, largest, weights, SCALE):
-    """The exponentials of `score`, relative to the largest so far; that; their sum so far; and the factor of what was
-    relative to the largest before."""
+    """Returns the exponentials of `score` relative to the new largest, that largest, the new sum, and the factor for
+    what was relative to the old largest. SCALE is positive."""
     new = gl.maximum(largest, gl.max(score, 1) * SCALE)
     share = gl.exp2(score * SCALE - new[:, None])
     factor = gl.exp2(largest - new)
@@ -276,7 +276,7 @@ def attend_chunks(
     launch = launch_options(query.device)
     with torch.cuda.device_of(query):  # Triton launches on the current device
         _attend_chunks[triton.cdiv(rows, 2 * HEIGHT), heads, n * splits](
-            _blocks(query.view(-1, size), HEIGHT, size, gl.bfloat16),
+            _blocks(query.view(-1, size), HEIGHT, size, gl.bfloat16),  # or float16, which is as wide
             _blocks(cache.view(-1, size), BLOCK_SIZE, size, gl.bfloat16),
             *(blocks, counts, seen_visual, seen_text, seen_visual if window_start is None else window_start),
             *(batch_slots, kept_tokens, block_start, output, lse),

@@ -202,13 +202,13 @@ def tiles_of(x: Tensor, weight: Tensor) -> Tiles | None:
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor | None, interleaved: bool) -> Tensor:
+    if scale is not None and (tiles := tiles_of(x, weight)) is not None:
+        return kernel_product(x, weight, scale, tiles, interleaved)
+    assert not interleaved
     if scale is None:
         return torch.nn.functional.linear(x, weight)
     if not _has_kernels(x):
         return scaled_linear(x, weight, scale)
-    tiles = tiles_of(x, weight)
-    if tiles is not None:
-        return kernel_product(x, weight, scale, tiles, interleaved)
     return (torch.nn.functional.linear(x, converted(weight)) * scale).to(x.dtype)
 
 

@@ -44,4 +44,4 @@ def sum_and_norm(
 
 @sum_and_norm.register_fake
 def _(parts, added, norm, tiles, inputs, eps):
-    return torch.empty_like(added), torch.empty_like(added)
+    return added.new_empty(added.shape), added.new_empty(added.shape)

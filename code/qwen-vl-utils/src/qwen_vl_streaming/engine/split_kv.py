@@ -87,8 +87,9 @@ def kernel_settings(cache: PagedKVCache, n: int, queries: int, groups: int, kern
 
 
 def num_splits(cache: PagedKVCache, rows: int) -> int:
-    """How many splits take the least time, with `rows` queries per key head. As measured on an H200: a processor runs
-    two blocks of queries at once in 1.5 times the time of one, and to combine splits takes time for each of them."""
+    """With how many splits FlexAttention takes the least time, for `rows` queries per key head. By measurements on an
+    H200: a processor runs two blocks of queries at once in 1.5 times the time of one, and to combine splits takes time
+    for each of them."""
     query_blocks = -(-rows * cache.store.shape[1] // CHUNK_KERNEL_OPTIONS["BLOCK_M"])
     if (processors := _processors(cache)) == 1:
         return 1  # a CPU
@@ -102,14 +103,14 @@ def num_splits(cache: PagedKVCache, rows: int) -> int:
 
 
 def num_kernel_splits(cache: PagedKVCache, n: int, queries: int, groups: int) -> int:
-    """How many splits take the kernel of `hopper_attention.py` the least time, with n x `queries` of each head. As
-    measured on an H200: a program, which has a processor and BLOCK_SIZE queries of a key head, takes as long to begin
-    and to end as for four blocks of keys. It takes as long as that to combine 800 rows of splits."""
+    """With how many splits the kernel of `hopper_attention.py` takes the least time, for n x `queries` of each head. By
+    measurements on an H200: a program, which has a processor and BLOCK_SIZE queries of a key head, takes as long to
+    begin and to end as for four blocks of keys. To combine 800 rows (n x `queries` x splits) takes as long."""
     programs = n * -(-queries * groups // BLOCK_SIZE) * cache.store.shape[1]
     processors, blocks = _processors(cache), cache.block_tables.shape[1]
 
     def time(splits: int) -> float:
-        """In the time of a block of keys."""
+        """In units of the time that a block of keys takes."""
         combining = n * queries * splits / 200 if splits > 1 else 0
         return -(-programs * splits // processors) * (-(-blocks // splits) + 4) + combining
 
