@@ -470,18 +470,18 @@ def test_a_model_that_is_not_on_the_current_gpu(kind, tmp_path):
 
 
 @torch.no_grad()
-def many_steps(model, clips: int, tokens: int) -> torch.Tensor:
+def many_steps(model, clips: int, tokens: int, grid: tuple[int, int]) -> torch.Tensor:
     """The hidden states after each step of `clips` clips with `tokens` random tokens after each, (steps, C). The host
     does not wait, and each clip is encoded while the tokens before it are fed."""
     torch.manual_seed(SEED)
     variant, template = VARIANTS["group"], random_template(random.Random(SEED))
-    layout, last = template.layout((2, 3), 2.0), clips * tokens
+    layout, last = template.layout(grid, 2.0), clips * tokens
     runner = StepRunner.single(model, layout, clips + 1, last, None, 1.15, None)
     runner.warm_up()
     runner.vision_encoder.capture(layout.grid, [1])
     batch_slot, hidden = runner.acquire(template, layout, clips + 1, last), []
     runner.text_ids.copy_(torch.randint(150, runner.text_ids.shape))
-    pixels = torch.randn(clips + 1, 24, 1176)
+    pixels = torch.randn(clips + 1, 4 * layout.tokens_per_clip, 1176)
     state, none = StreamState(variant, template, layout), DueRows.empty()
     runner.prefill(batch_slot, StreamState.prompt(variant, template, layout))
     (ahead,) = runner.vision_encoder.encode([pixels[0]], [layout])
@@ -499,20 +499,22 @@ def many_steps(model, clips: int, tokens: int) -> torch.Tensor:
     return torch.stack(hidden).float()
 
 
+@pytest.mark.parametrize("sizes,grid", [(WIDE, (2, 3)), (FLEX | LARGE, (6, 6))], ids=["small", "as released"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", *WEIGHTS])
-def test_steps_that_launch_kernels_early_equal_steps_that_do_not(kind, monkeypatch):
-    """In hundreds of steps with different inputs: what is read too early is of an earlier kernel or step."""
+def test_steps_that_launch_kernels_early_equal_steps_that_do_not(kind, sizes, grid, monkeypatch):
+    """In hundreds of steps with different inputs: what is read too early is of an earlier kernel or step. With sizes as
+    those of the released models, clips go through their kernel for attention, and products have parts."""
     if not dependent_launch.is_supported(torch.device("cuda")):
         pytest.skip("takes a GPU of compute capability 9 or later")
     print("seed", SEED)
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = torch.float32 if kind == "float32" else torch.bfloat16
-    model = tiny_model(SEED, **WIDE, num_hidden_layers=6).to("cuda", dtype)
+    model = tiny_model(SEED, **sizes, num_hidden_layers=6).to("cuda", dtype)
     if kind in WEIGHTS:
         quantize_model(model, kind)
-    early = [many_steps(model, 40, 8) for _ in range(2)]
+    early = [many_steps(model, 40, 8, grid) for _ in range(2)]
     monkeypatch.setattr(dependent_launch, "is_supported", lambda device: False)
-    plain = many_steps(model, 40, 8)
+    plain = many_steps(model, 40, 8, grid)
     changes = (plain[1:] - plain[:-1]).norm(dim=1) / plain[1:].norm(dim=1)
     assert changes.median() > 0.1  # so the inputs of another step would show
     for found in early:
