@@ -13,6 +13,7 @@ import torch
 from qwen_vl_streaming.engine import dependent_launch, model_runner
 from qwen_vl_streaming.engine.batch import Batch
 from qwen_vl_streaming.engine.decoder_layer import run_layer
+from qwen_vl_streaming.engine.hopper import hopper_processors
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.quantized_linear import (
     FEW_ROWS,
@@ -22,7 +23,6 @@ from qwen_vl_streaming.engine.quantized_linear import (
     choose_tiles,
     converted,
     few_rows_product,
-    hopper_processors,
     interleave,
     kernel_product,
     product,

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from qwen_vl_streaming.engine.chunk_attention import attend_chunks, has_chunk_kernel
+from qwen_vl_streaming.engine.hopper import hopper_processors
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
-from qwen_vl_streaming.engine.quantized_linear import hopper_processors
 from qwen_vl_streaming.engine.split_kv import kernel_settings
 from qwen_vl_streaming.model.vision_tower import WINDOW, attend_in_windows
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision

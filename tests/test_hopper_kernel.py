@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine import quantized_linear
+from qwen_vl_streaming.engine import hopper, quantized_linear
+from qwen_vl_streaming.engine.hopper import hopper_processors
 from qwen_vl_streaming.engine.quantized_linear import (
     GROUP,
     HOPPER_ROWS,
     WARPGROUP_OUTPUTS,
     Tiles,
     choose_tiles,
-    hopper_processors,
     interleave,
 )
 from qwen_vl_streaming.engine.quantized_tiles import TILES
@@ -42,8 +42,8 @@ def test_tiles_share_the_work_among_all_processors(shape, processors):
 def test_only_hopper_has_the_kernel(monkeypatch, caplog):
     """Where Triton lacks what it needs, that is reported, and products are computed as on other GPUs."""
     pytest.importorskip("triton")
-    known = quantized_linear._hopper_processors
-    monkeypatch.setattr(quantized_linear, "_hopper_processors", known.__wrapped__)
+    known = hopper._hopper_processors
+    monkeypatch.setattr(hopper, "_hopper_processors", known.__wrapped__)
     assert hopper_processors(torch.device("cpu")) == 0
     for major, processors in ((8, 108), (9, 114), (10, 148)):
         gpu = SimpleNamespace(major=major, multi_processor_count=processors)
@@ -73,7 +73,7 @@ def test_the_compiler_follows_the_choice_of_tiles(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(quantized_linear, "_has_kernels", lambda x: True)
-    monkeypatch.setattr(quantized_linear, "_hopper_processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "_hopper_processors", lambda device: 132)
     monkeypatch.setattr(quantized_linear, "kernel_of", lambda tiles: SimpleNamespace(partial_products=partial_products))
     torch._dynamo.reset()
     product = torch.compile(quantized_linear.product, fullgraph=True, backend=backend, dynamic=True)

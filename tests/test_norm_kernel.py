@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from qwen_vl_streaming.engine import quantized_linear
+from qwen_vl_streaming.engine import hopper, quantized_linear
 from qwen_vl_streaming.engine.quantized_linear import GROUP, Tiles, interleave
 from qwen_vl_streaming.engine.rms_norm import product_and_norm, rms_norm
 from qwen_vl_streaming.model.quantization import quantize, scaled_linear
@@ -64,7 +64,7 @@ def test_a_product_and_its_norm_equal_the_plain_form(kernels, kernel, monkeypatc
     torch.manual_seed(SEED)
     stand_in = SimpleNamespace(partial_products=parts_of)
     monkeypatch.setattr(quantized_linear, "_has_kernels", lambda x: kernels)
-    monkeypatch.setattr(quantized_linear, "_hopper_processors", lambda device: 5)
+    monkeypatch.setattr(hopper, "_hopper_processors", lambda device: 5)
     monkeypatch.setattr(quantized_linear, "kernel_of", lambda tiles: stand_in)
     weight, scale = quantize(torch.randn(256, 640), "int8")
     following = quantize(torch.randn(384, 256), "int8")

@@ -28,11 +28,11 @@ from latency.setup import tiny_config
 from qwen_vl_streaming.common.errors import InputError, OneLineParser, run
 from qwen_vl_streaming.engine import ragged_attention
 from qwen_vl_streaming.engine.chunk_attention import SIZE
+from qwen_vl_streaming.engine.hopper import hopper_processors
 from qwen_vl_streaming.engine.kv_cache import PagedKVCache
 from qwen_vl_streaming.engine.model_runner import ModelRunner
 from qwen_vl_streaming.engine.paged_attention import PagedAttention
 from qwen_vl_streaming.engine.prefill import padded_query_blocks
-from qwen_vl_streaming.engine.quantized_linear import hopper_processors
 from qwen_vl_streaming.engine.ragged_attention import RaggedAttention, query_blocks_of
 from qwen_vl_streaming.engine.split_kv import (
     CHUNK_KERNEL_OPTIONS,

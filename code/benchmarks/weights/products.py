@@ -12,13 +12,13 @@ from functools import partial
 from itertools import product as pairs
 
 import torch
+from qwen_vl_streaming.engine.hopper import hopper_processors
 from qwen_vl_streaming.engine.quantized_linear import (
     Tiles,
     choose_tiles,
     converted,
     few_rows_product,
     fit_tiles,
-    hopper_processors,
     interleave,
     sum_parts,
 )

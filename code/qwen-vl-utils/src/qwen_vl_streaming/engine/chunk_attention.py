@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..model.vision_tower import HALF
+from .hopper import hopper_processors
 from .kv_cache import PagedKVCache
-from .quantized_linear import hopper_processors
 
 SIZE = 128
 """The head size of all released models, with which the kernel was tested on a GPU."""

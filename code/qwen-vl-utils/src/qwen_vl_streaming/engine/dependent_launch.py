@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from ..common.compiling import CompileOptions
+from .hopper import HOPPER
 
-HOPPER, CUDA = 9, 13
-"""The major compute capability and version of CUDA that were tested. Later GPUs have dependent launch too, and earlier
+CUDA = 13
+"""The major version of CUDA that was tested, on Hopper. Later GPUs have dependent launch too, and earlier
 versions of CUDA may come with a driver that cannot capture it."""
 
 

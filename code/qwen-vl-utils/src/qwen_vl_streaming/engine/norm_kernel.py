@@ -1,6 +1,8 @@
 """The Triton kernel that adds up parts of a product and a residual, and computes their RMS norm. Needs Triton.
 
-M rows   N outputs   S parts of a sum
+A program has a row. Outputs without a part in one of the S places read nothing there.
+
+    M rows   N outputs   S parts of a sum
 """
 
 # As in `few_rows_kernel.py`.

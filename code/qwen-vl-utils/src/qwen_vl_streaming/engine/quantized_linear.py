@@ -7,10 +7,7 @@ more (one for Hopper, one for other GPUs), and by cuBLAS for many, after the wei
     M rows   N outputs   K inputs   S parts of a sum over the inputs
 """
 
-import functools
 import importlib
-import logging
-from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -19,14 +16,11 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from ..model.quantization import scaled_linear
+from .hopper import HOPPER, hopper_processors
 from .quantized_tiles import TILES
-
-logger = logging.getLogger(__name__)
 
 GROUP = 128
 """Inputs that the kernel loads at a time."""
-HOPPER = 9
-"""Major compute capability."""
 FEW_ROWS = 2
 """Rows up to which the kernel in `few_rows_kernel.py` is the fastest."""
 WARPGROUP_OUTPUTS = 64
@@ -112,30 +106,6 @@ def _hopper_tiles(rows: int, outputs: int, processors: int) -> Tiles | None:
     warpgroups = 3 if outputs > WARPGROUP_OUTPUTS * processors and rows <= 128 else 2
     tiles = Tiles(WARPGROUP_OUTPUTS * warpgroups, *width, processors, 4 * warpgroups, MOST_STAGES, warpgroups)
     return tiles.fit((HOPPER, 0), HOPPER_MEMORY)
-
-
-@functools.cache
-def _hopper_processors(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    if (gpu := torch.cuda.get_device_properties(device)).major != HOPPER:
-        return 0
-    try:
-        importlib.import_module(".hopper_kernel", __package__)
-    except ImportError as error:  # Gluon is experimental: another Triton may lack what the kernels need
-        logger.warning(
-            "clips and 8-bit weights are slower here: %s; requirements.txt has versions that were tested", error
-        )
-        return 0
-    return gpu.multi_processor_count
-
-
-# The compiler would not trace a device's properties.
-hopper_processors: Callable[[torch.device], int] = torch.compiler.assume_constant_result(
-    lambda device: _hopper_processors(device)
-)
-"""The number of processors of a device if it runs the kernels for Hopper, else 0: on other GPUs, and where Triton lacks
-what they need."""
 
 
 def fit_tiles(tiles: Tiles, device: torch.device) -> Tiles:
